@@ -1,0 +1,30 @@
+"""The exact, weighted Karcher mean of model weights, as a mergekit merge method.
+
+Importing this package loads neither torch nor mergekit; the public names are loaded on first use.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "KarcherError": "mergekit_karcher.errors",
+    "KarcherMean": "mergekit_karcher.maths.mean",
+    "Status": "mergekit_karcher.maths.mean",
+    "karcher_mean": "mergekit_karcher.merge",
+    "register": "mergekit_karcher.plugin",
+}
+
+__all__ = sorted(_PUBLIC) + ["__version__"]
+
+
+def __getattr__(name):
+    try:
+        module = _PUBLIC[name]
+    except KeyError:
+        raise AttributeError("module {!r} has no attribute {!r}".format(__name__, name)) from None
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__():
+    return sorted(set(globals()) | set(__all__))

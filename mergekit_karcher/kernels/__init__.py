@@ -1,0 +1,1 @@
+"""Streaming passes over tensors: borrowed, never modified, in chunks of bounded size."""

@@ -1,0 +1,1 @@
+"""N x N computations in float64. No tensors, no files, no mergekit."""
