@@ -4,6 +4,7 @@ Importing this package loads neither torch nor mergekit; the public names are lo
 """
 
 import importlib
+import typing
 
 __version__ = "0.1.0"
 
@@ -15,10 +16,10 @@ _PUBLIC = {
     "register": "mergekit_karcher.plugin",
 }
 
-__all__ = sorted(_PUBLIC) + ["__version__"]
+__all__ = [*sorted(_PUBLIC), "__version__"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     try:
         module = _PUBLIC[name]
     except KeyError:
@@ -26,5 +27,5 @@ def __getattr__(name):
     return getattr(importlib.import_module(module), name)
 
 
-def __dir__():
+def __dir__() -> typing.List[str]:
     return sorted(set(globals()) | set(__all__))

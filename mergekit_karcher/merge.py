@@ -67,7 +67,7 @@ def merge(
     _check_tensors(tensors, weights, labels, name)
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     taking_part = [index for index, weight in enumerate(weights) if weight > 0]
-    merged, mean = _Merge.apply(
+    merged, mean = _Merge.apply(  # type: ignore[no-untyped-call]
         [weights[index] for index in taking_part],
         max_iter,
         tol,

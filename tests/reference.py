@@ -29,7 +29,9 @@ def karcher(inputs, weights):
         length = mp.sqrt(_dot(step, step))
         if length < mpf(10) ** -32:
             break
-        x = _unit([mp.cos(length) * b + mp.sin(length) * a / length for a, b in zip(step, x)])
+        x = _unit(
+            [mp.cos(length) * b + mp.sin(length) * a / length for a, b in zip(step, x, strict=True)]
+        )
     else:
         raise AssertionError("the reference did not converge")
     magnitude = sum(w * n for w, n in zip(shares, norms, strict=True))

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+# What cuts a piece out of a tensor.
+Index = tuple[int | slice, ...]
 
-def walk(tensors: Sequence[torch.Tensor], limit: int) -> tuple[list[torch.Tensor], list[tuple]]:
+
+def walk(tensors: Sequence[torch.Tensor], limit: int) -> tuple[list[torch.Tensor], list[Index]]:
     """Views of the tensors and the indices that cut them into pieces of at most limit elements.
 
     Contiguous tensors are walked flat; as soon as one is strided, all keep their shape, because
@@ -19,7 +22,7 @@ def walk(tensors: Sequence[torch.Tensor], limit: int) -> tuple[list[torch.Tensor
     return list(tensors), list(_pieces(tensors[0].shape, limit))
 
 
-def _pieces(shape: Sequence[int], limit: int) -> Iterator[tuple]:
+def _pieces(shape: Sequence[int], limit: int) -> Iterator[Index]:
     row = math.prod(shape[1:])
     if row > limit:
         for index in range(shape[0]):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_karcher.kernels.chunks import walk, working_device
+from mergekit_karcher.kernels.chunks import Index, walk, working_device
 from mergekit_karcher.kernels.workers import in_stripes, worker_count
 
 # Elements a piece: less pays for the calls, more falls out of the cache. Measured on 2 cores.
@@ -43,7 +43,7 @@ def combine(
         device=device,
     )
 
-    def add_up(worker: int, pieces: Sequence[tuple]) -> None:
+    def add_up(worker: int, pieces: Sequence[Index]) -> None:
         for piece in pieces:
             part = target[piece]
             total = sums[worker, : part.numel()].view(part.shape)

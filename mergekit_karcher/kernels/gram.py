@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mergekit_karcher.kernels.chunks import walk, working_device
+from mergekit_karcher.kernels.chunks import Index, walk, working_device
 from mergekit_karcher.kernels.workers import in_stripes, worker_count
 
 # float64 elements of a buffer, which all N tensors share: it stays in a core's cache. Measured on
@@ -60,7 +60,7 @@ def gram(tensors: Sequence[torch.Tensor]) -> tuple[NDArray[np.longdouble], NDArr
     buffers = torch.empty(workers, 1 + split, count, chunk, dtype=torch.float64, device=device)
     sums = torch.zeros(workers, 2, count, count, dtype=torch.float64, device=device)
 
-    def add_up(worker: int, pieces: Sequence[tuple]) -> None:
+    def add_up(worker: int, pieces: Sequence[Index]) -> None:
         values, leading = buffers[worker, 0], buffers[worker, -1]
         high, low = sums[worker]
         for piece in pieces:
@@ -96,7 +96,7 @@ def gram(tensors: Sequence[torch.Tensor]) -> tuple[NDArray[np.longdouble], NDArr
 def _products(left: torch.Tensor, right: torch.Tensor, summed: int) -> torch.Tensor:
     """left right' of two (N, used) matrices, summed in blocks."""
     count = len(left)
-    blocks = [side.unflatten(1, (-1, summed)).transpose(0, 1) for side in (left, right)]
+    blocks = [side.view(count, -1, summed).transpose(0, 1) for side in (left, right)]
     return torch.bmm(blocks[0], blocks[1].mT).sum(0).view(count, count)
 
 
@@ -108,7 +108,7 @@ def _add_exactly(high: torch.Tensor, low: torch.Tensor, part: torch.Tensor) -> N
     high.copy_(total)
 
 
-def _exponent(view: torch.Tensor, pieces: Sequence[tuple]) -> torch.Tensor:
+def _exponent(view: torch.Tensor, pieces: Sequence[Index]) -> torch.Tensor:
     """The power of two at or above the largest magnitude, as a scalar tensor; 0 if all are zero."""
     peaks = [torch.maximum(view[piece].amax(), -view[piece].amin()) for piece in pieces]
     exponent = torch.frexp(torch.stack(peaks).amax()).exponent

@@ -8,14 +8,17 @@ a stripe of their own meet only once, at its end.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from typing import TypeVar
 
 import torch
+
+from mergekit_karcher.kernels.chunks import Index
 
 T = TypeVar("T")
 
@@ -30,14 +33,15 @@ def worker_count(device: torch.device, pieces: int) -> int:
 
 
 def in_stripes(
-    work: Callable[[int, Sequence[tuple]], T], pieces: Sequence[tuple], device: torch.device
+    work: Callable[[int, Sequence[Index]], T], pieces: Sequence[Index], device: torch.device
 ) -> list[T]:
     """work(stripe number, its pieces) for every stripe, in order; on the CPU in parallel.
 
     The threads share no state but what work brings along. They record no gradients.
     """
     count = worker_count(device, len(pieces))
-    stripes = [pieces[len(pieces) * i // count : len(pieces) * (i + 1) // count] for i in range(count)]
+    edges = [len(pieces) * index // count for index in range(count + 1)]
+    stripes = [pieces[start:stop] for start, stop in itertools.pairwise(edges)]
     inference = torch.is_inference_mode_enabled()
 
     def run(index: int) -> T:
@@ -50,7 +54,7 @@ def in_stripes(
     return list(_pool(threads).map(run, range(count)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads in which torch itself uses one thread each."""
     count = min(threads, _MOST_WORKERS)

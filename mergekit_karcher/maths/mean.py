@@ -15,6 +15,7 @@ The mean is where tau, a tangent vector at x, vanishes.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,8 +76,9 @@ class KarcherMean:
 
 def normalised(weights: Floats) -> Floats:
     """Weights scaled to sum to one; dividing by the largest first keeps the sum finite."""
-    shares = weights / weights.max()
-    return shares / shares.sum()
+    shares: Floats = weights / weights.max()
+    normal: Floats = shares / shares.sum()
+    return normal
 
 
 def unit_gram(gram: Floats) -> tuple[Floats, Floats]:
@@ -226,9 +228,7 @@ class _Sphere:
         terms = angle_terms(versines)
         alpha = float(self.weights @ terms.cotangent)
         tau = self.weights * terms.stretch - alpha * coefficients
-        products = (
-            versines[:, None] + versines - np.outer(versines, versines) - distances / 2
-        )
+        products = versines[:, None] + versines - np.outer(versines, versines) - distances / 2
         return _Point(
             coefficients,
             versines,
@@ -280,10 +280,8 @@ class _Sphere:
     def _move(self, point: _Point, tangent: Floats) -> _Point | None:
         """Along the geodesic that leaves point with that tangent vector."""
         length = _length(tangent, point.products)
-        return self.point(
-            np.cos(length) * point.coefficients + np.sinc(length / np.pi) * tangent
-        )
+        return self.point(np.cos(length) * point.coefficients + np.sinc(length / np.pi) * tangent)
 
 
 def _length(tangent: Floats, products: Floats) -> float:
-    return float(np.sqrt(max(tangent @ products @ tangent, 0.0)))
+    return math.sqrt(max(float(tangent @ products @ tangent), 0.0))

@@ -1,0 +1,109 @@
+"""Puts our merge method into mergekit the moment mergekit is imported.
+
+`import torch` calls `install` through the entry point group `torch.backends`, in every program that
+imports torch: so it is quick, never raises, and imports nothing but the standard library.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import logging
+import os
+import sys
+import threading
+import types
+import typing
+
+# What to call in mergekit_karcher.plugin once a module's own code has run.
+HOOKS = {
+    "mergekit.merge_methods.karcher": "take_over_karcher",
+    "mergekit.merge_methods.registry": "register_methods",
+    "mergekit.plan": "look_at_plans",
+    "mergekit.scripts.merge_raw_pytorch": "look_at_flat_plans",
+}
+
+
+def install() -> None:
+    """Watch for mergekit, unless MERGEKIT_KARCHER=0 asks for the built-in. Idempotent."""
+    if os.environ.get("MERGEKIT_KARCHER") == "0":
+        return
+    try:
+        watch()
+    except Exception:
+        # An exception here would break `import torch` for every program.
+        _debug("could not be installed")
+
+
+def watch() -> None:
+    """Run the hooks of the modules that are there already, and of the others when they come."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    for name in HOOKS:
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _run_hook(module)
+
+
+def is_watching() -> bool:
+    """Whether this process has the finder."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
+def _run_hook(module: types.ModuleType) -> None:
+    try:
+        plugin = importlib.import_module("mergekit_karcher.plugin")
+        getattr(plugin, HOOKS[module.__name__])(module)
+    except Exception:
+        _debug("could not take its place in " + module.__name__)
+
+
+def _debug(what: str) -> None:
+    logging.getLogger(__name__).debug("mergekit-karcher %s", what, exc_info=True)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules above by asking the other finders, and wraps their loader."""
+
+    def __init__(self) -> None:
+        self._asking = threading.local()
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: typing.Optional[typing.Sequence[str]] = None,
+        target: typing.Optional[types.ModuleType] = None,
+    ) -> typing.Optional[importlib.machinery.ModuleSpec]:
+        if fullname not in HOOKS or getattr(self._asking, "now", False):
+            return None
+        # Another post-import hook may ask all finders too, us among them.
+        self._asking.now = True
+        try:
+            for finder in sys.meta_path:
+                find_spec = getattr(finder, "find_spec", None)
+                spec = find_spec(fullname, path, target) if find_spec else None
+                if isinstance(spec, importlib.machinery.ModuleSpec):
+                    if spec.loader is not None:
+                        spec.loader = _Loader(spec.loader)
+                    return spec
+        finally:
+            self._asking.now = False
+        return None
+
+
+class _Loader(importlib.abc.Loader):
+    """Runs the module's own loader, puts it back, then runs the hook."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(
+        self, spec: importlib.machinery.ModuleSpec
+    ) -> typing.Optional[types.ModuleType]:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _run_hook(module)

@@ -1,0 +1,98 @@
+"""What can be said of a merge once it is planned, before any weight is read."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.merge import check_weights
+from mergekit_karcher.method import NAMES
+from mergekit_karcher.summary import begin
+
+# The fields of a config below which more parameters may stand.
+_NESTED = ("models", "slices", "sources", "modules")
+
+
+def watch_planner(planner: Any) -> None:
+    """Wrap the planning methods of mergekit's `MergePlanner` class, once."""
+    if hasattr(planner.plan_to_disk, "__wrapped__"):
+        return
+    to_disk, in_memory = planner.plan_to_disk, planner.plan_in_memory
+
+    @functools.wraps(to_disk)
+    def plan_to_disk(self: Any, out_path: str) -> Any:
+        check_parameter_names(self.config, self._method)
+        return _looked_at(to_disk(self, out_path), self.config, out_path)
+
+    @functools.wraps(in_memory)
+    def plan_in_memory(self: Any) -> Any:
+        check_parameter_names(self.config, self._method)
+        return _looked_at(in_memory(self), self.config, "in memory")
+
+    planner.plan_to_disk, planner.plan_in_memory = plan_to_disk, plan_in_memory
+
+
+def watch_flat_planner(module: Any) -> None:
+    """Wrap `plan_flat_merge`, the planning function of `mergekit-pytorch`, once."""
+    flat = module.plan_flat_merge
+    if hasattr(flat, "__wrapped__"):
+        return
+
+    @functools.wraps(flat)
+    def plan_flat_merge(config: Any, out_path: str, *args: Any, **kwargs: Any) -> Any:
+        check_parameter_names(config, module.merge_methods.get(config.merge_method))
+        return _looked_at(flat(config, out_path, *args, **kwargs), config, out_path)
+
+    module.plan_flat_merge = plan_flat_merge
+
+
+def check_parameter_names(config: Any, method: Any) -> None:
+    """Raise if a config of our method has a parameter that it does not know.
+
+    mergekit ignores those, so that a misspelt weight would be a weight of one.
+    """
+    if config.merge_method not in NAMES:
+        return
+    known = [parameter.name for parameter in method.spec.parameters]
+    for place, name in _parameter_names(config, "the config"):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}."
+            raise KarcherError(
+                f"Unknown parameter {name} of {place} for {config.merge_method}: {hint}"
+            )
+
+
+def _parameter_names(part: Any, place: str) -> Iterator[tuple[str, str]]:
+    for name in getattr(part, "parameters", None) or {}:
+        yield place, name
+    for field in _NESTED:
+        children = getattr(part, field, None) or ()
+        named = children.items() if isinstance(children, dict) else enumerate(children)
+        for key, child in named:
+            model = getattr(child, "model", None)
+            yield from _parameter_names(child, str(model) if model else f"{field}[{key}]")
+
+
+def _looked_at(tasks: Any, config: Any, out_path: str) -> Any:
+    """The plan itself, after its weights were checked and its summary was begun."""
+    if config.merge_method not in NAMES:
+        return tasks
+    stage = begin(os.path.basename(os.path.normpath(out_path)))
+    for task in _merge_tasks(tasks):
+        models = task.model_order
+        weights = [task.input_parameters[model]["weight"] for model in models]
+        check_weights(weights, [str(model) for model in models], task.output_weight.name)
+        stage.inputs[task.output_weight.name] = len(models)
+    return tasks
+
+
+def _merge_tasks(tasks: Iterable[Any]) -> Iterator[Any]:
+    for task in tasks:
+        merge_task = getattr(task, "tensor_task", None)
+        if getattr(merge_task, "method_name", None) in NAMES:
+            yield merge_task

@@ -1,0 +1,120 @@
+"""Our method in the place of mergekit's: the only module that touches mergekit's registry.
+
+No module of ours imports mergekit when it is itself imported: a program that imports ours first
+would meet mergekit half-imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import logging
+import re
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any, NoReturn
+
+from mergekit_karcher import __version__, autoload
+from mergekit_karcher.errors import KarcherError
+
+LOG = logging.getLogger(__name__)
+
+OLDEST_MERGEKIT = (0, 1, 5)
+FIRST_UNTESTED_MERGEKIT = (0, 2)
+
+_methods: dict[str, Any] = {}
+
+
+def register() -> None:
+    """Put our method in place, whether mergekit was imported before or will be later.
+
+    For programs that switch torch's autoload off, or that set MERGEKIT_KARCHER=0 and think better
+    of it. Idempotent. Raises `KarcherError` if the installed mergekit does not fit.
+    """
+    autoload.watch()
+    importlib.import_module("mergekit.merge_methods.registry")
+    if isinstance(_method("karcher"), _Refusal):
+        _method("karcher").refuse()
+
+
+def take_over_karcher(module: Any) -> None:
+    """Hand mergekit's registry, which imports this module next, our method as the built-in."""
+    module.karcher_merge_method = _method("karcher")
+
+
+def register_methods(registry: Any) -> None:
+    """Make sure that `karcher` is ours in a registry that has run, and add `karcher_mean`."""
+    table = getattr(registry, "_METHODS", None) or getattr(registry, "REGISTERED_MERGE_METHODS", {})
+    table["karcher"] = _method("karcher")
+    if table.get("karcher_mean") is None:
+        add = getattr(registry, "register", None)
+        if add is not None and not isinstance(_method("karcher_mean"), _Refusal):
+            add(_method("karcher_mean"))
+        else:
+            table["karcher_mean"] = _method("karcher_mean")
+    if hasattr(registry, "karcher_merge_method"):
+        registry.karcher_merge_method = _method("karcher")
+    builtin = sys.modules.get("mergekit.merge_methods.karcher")
+    if builtin is not None:
+        take_over_karcher(builtin)
+
+
+def look_at_plans(module: ModuleType) -> None:
+    """Have the plans of `mergekit-yaml` and `mergekit-multi` looked at before they run."""
+    from mergekit_karcher.plan import watch_planner
+
+    watch_planner(module.MergePlanner)
+
+
+def look_at_flat_plans(module: ModuleType) -> None:
+    """Have the plans of `mergekit-pytorch` looked at before they run."""
+    from mergekit_karcher.plan import watch_flat_planner
+
+    watch_flat_planner(module)
+
+
+def _method(name: str) -> Any:
+    if name not in _methods:
+        _methods[name] = _build(name)
+    return _methods[name]
+
+
+def _build(name: str) -> Any:
+    version = importlib.metadata.version("mergekit")
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    reason = "it was written for mergekit >= 0.1.5, < 0.2"
+    if OLDEST_MERGEKIT <= numbers < FIRST_UNTESTED_MERGEKIT:
+        try:
+            from mergekit_karcher.method import build_method
+
+            return build_method(name)
+        except Exception as error:
+            LOG.debug("mergekit-karcher could not build its method", exc_info=True)
+            reason = f"{type(error).__name__}: {error}"
+    return _Refusal(
+        name,
+        f"merge_method: {name} cannot run: mergekit-karcher {__version__} does not fit mergekit "
+        f"{version} ({reason}); install a mergekit that fits, or set MERGEKIT_KARCHER=0 for "
+        "mergekit's own karcher.",
+    )
+
+
+class _Refusal:
+    """Stands for our method where it cannot be built: whatever a planner asks of it is refused.
+
+    Silence would hand the user the built-in under our name.
+    """
+
+    def __init__(self, name: str, sentence: str) -> None:
+        self.spec = SimpleNamespace(name=name, pretty_name=name, reference_url=None)
+        self._sentence = sentence
+
+    def refuse(self, *_args: object, **_kwargs: object) -> NoReturn:
+        raise KarcherError(self._sentence)
+
+    __call__ = refuse
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):
+            raise AttributeError(attribute)
+        return self.refuse

@@ -1,0 +1,101 @@
+"""What a merge met, told in a few lines when the command ends."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+import numpy as np
+
+from mergekit_karcher.maths.mean import KarcherMean, Status
+
+_NAMES_SHOWN = 5
+
+
+class Stage:
+    """The tensors that one planned merge has produced so far; safe to record from any thread."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        # How many models were planned to take part, by output tensor.
+        self.inputs: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._merged = 0
+        self._largest_angle = 0.0
+        self._flagged: dict[str, list[str]] = {
+            "not certified unique": [],
+            "fell back to the linear mean": [],
+            "not converged": [],
+        }
+        self._incomplete: list[str] = []
+
+    def record(self, name: str, mean: KarcherMean) -> None:
+        with self._lock:
+            self._merged += 1
+            if not np.isnan(mean.angles).all():
+                self._largest_angle = max(self._largest_angle, float(np.nanmax(mean.angles)))
+            if mean.status is Status.NOT_UNIQUE:
+                self._flagged["fell back to the linear mean"].append(name)
+            elif not mean.unique:
+                self._flagged["not certified unique"].append(name)
+            if len(mean.coefficients) < self.inputs.get(name, 0):
+                self._incomplete.append(name)
+            if mean.status is Status.NOT_CONVERGED:
+                self._flagged["not converged"].append(name)
+
+    def lines(self) -> Iterator[str]:
+        """The summary, then at most one line of names for each thing to look at."""
+        counts = ", ".join(f"{len(names)} {what}" for what, names in self._flagged.items())
+        degrees = math.degrees(self._largest_angle)
+        yield (
+            f"karcher {self.title}: {self._merged} tensors merged, "
+            f"largest angle to the mean {degrees:.3g} degrees, {counts}."
+        )
+        for what, names in self._flagged.items():
+            if names:
+                yield f"  {what}: {_listed(names)}"
+        if self._incomplete:
+            yield (
+                f"  missing from some models, merged from those that have them: "
+                f"{_listed(self._incomplete)}"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
+
+
+_current: Stage | None = None
+
+
+def begin(title: str) -> Stage:
+    """Start the summary of a merge that has been planned; later records belong to it.
+
+    Inside one of mergekit's own commands it is printed when the command ends well, unless it was
+    told to be quiet. A line printed during the merge would land on the progress bar.
+    """
+    global _current
+    _current = Stage(title)
+    context = click.get_current_context(silent=True)
+    mergekits = context is not None and (context.command.name or "").startswith("mergekit-")
+    if context is not None and mergekits and not context.params.get("quiet"):
+        context.with_resource(_told_at_the_end(_current))
+    return _current
+
+
+def record(name: str, mean: KarcherMean) -> None:
+    """Count one merged tensor, if a planned merge is under way."""
+    if _current is not None:
+        _current.record(name, mean)
+
+
+@contextmanager
+def _told_at_the_end(stage: Stage) -> Iterator[None]:
+    # Not reached if the command fails: the error is then what there is to say.
+    yield
+    for line in stage.lines():
+        click.echo(line, err=True)
