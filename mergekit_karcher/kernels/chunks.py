@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
-# What cuts a piece out of a tensor.
-Index = tuple[int | slice, ...]
+
+class Piece(NamedTuple):
+    """The rows start .. start + length of what the leading indices select."""
+
+    leading: tuple[int, ...]
+    start: int
+    length: int
+
+    def of(self, view: torch.Tensor) -> torch.Tensor:
+        """That piece of a tensor, as a view."""
+        for index in self.leading:
+            view = view.select(0, index)
+        return view.narrow(0, self.start, self.length)
 
 
-def walk(tensors: Sequence[torch.Tensor], limit: int) -> tuple[list[torch.Tensor], list[Index]]:
-    """Views of the tensors and the indices that cut them into pieces of at most limit elements.
+def walk(tensors: Sequence[torch.Tensor], limit: int) -> tuple[list[torch.Tensor], list[Piece]]:
+    """Views of the tensors and the pieces, of at most limit elements, that cover them.
 
     Contiguous tensors are walked flat; as soon as one is strided, all keep their shape, because
     flattening that one would copy it.
     """
-    if all(tensor.is_contiguous() for tensor in tensors):
-        tensors = [tensor.view(-1) for tensor in tensors]
-    return list(tensors), list(_pieces(tensors[0].shape, limit))
+    views = [tensor.detach() for tensor in tensors]
+    if all(view.is_contiguous() for view in views):
+        views = [view.view(-1) for view in views]
+    return views, list(_pieces(views[0].shape, limit, ()))
 
 
-def _pieces(shape: Sequence[int], limit: int) -> Iterator[Index]:
+def _pieces(shape: Sequence[int], limit: int, leading: tuple[int, ...]) -> Iterator[Piece]:
     row = math.prod(shape[1:])
     if row > limit:
         for index in range(shape[0]):
-            for rest in _pieces(shape[1:], limit):
-                yield (index, *rest)
+            yield from _pieces(shape[1:], limit, (*leading, index))
     elif row > 0:
-        step = limit // row
-        for start in range(0, shape[0], step):
-            yield (slice(start, start + step),)
+        rows = limit // row
+        for start in range(0, shape[0], rows):
+            yield Piece(leading, start, min(rows, shape[0] - start))
 
 
 def working_device(device: torch.device) -> torch.device:

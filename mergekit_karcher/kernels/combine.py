@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_karcher.kernels.chunks import Index, walk, working_device
+from mergekit_karcher.kernels.chunks import Piece, walk, working_device
 from mergekit_karcher.kernels.workers import in_stripes, worker_count
 
 # Elements a piece: less pays for the calls, more falls out of the cache. Measured on 2 cores.
@@ -43,14 +43,14 @@ def combine(
         device=device,
     )
 
-    def add_up(worker: int, pieces: Sequence[Index]) -> None:
+    def add_up(worker: int, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
-            part = target[piece]
+            part = piece.of(target)
             total = sums[worker, : part.numel()].view(part.shape)
             # The first product, not zero plus it, so that a merge of one model keeps its -0.0.
-            total.copy_(views[0][piece]).mul_(factors[0])
+            total.copy_(piece.of(views[0])).mul_(factors[0])
             for view, factor in zip(views[1:], factors[1:], strict=True):
-                total.add_(view[piece].to(device), alpha=factor)
+                total.add_(piece.of(view).to(device), alpha=factor)
             part.copy_(total)
 
     in_stripes(add_up, pieces, device)

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mergekit_karcher.kernels.chunks import Index, walk, working_device
+from mergekit_karcher.kernels.chunks import Piece, walk, working_device
 from mergekit_karcher.kernels.workers import in_stripes, worker_count
 
 # float64 elements of a buffer, which all N tensors share: it stays in a core's cache. Measured on
 # 2 cores, quiet and loaded, from 2^16 to 2^19.
-CHUNK_ELEMENTS = 1 << 17
+CHUNK_ELEMENTS = 1 << 18
 
 # Elements that one matrix product sums; short sums round less.
 _SUM_ELEMENTS = 4096
@@ -55,25 +55,25 @@ def gram(tensors: Sequence[torch.Tensor]) -> tuple[NDArray[np.longdouble], NDArr
     for row, view in enumerate(views):
         if view.dtype == torch.float64:
             exponents[row] = _exponent(view, pieces)
-    scales = torch.ldexp(torch.ones_like(exponents), -exponents)
+    scaled = any(view.dtype == torch.float64 for view in views)
+    scales = torch.ldexp(torch.ones_like(exponents), -exponents)[:, None]
     workers = worker_count(device, len(pieces))
     buffers = torch.empty(workers, 1 + split, count, chunk, dtype=torch.float64, device=device)
     sums = torch.zeros(workers, 2, count, count, dtype=torch.float64, device=device)
 
-    def add_up(worker: int, pieces: Sequence[Index]) -> None:
+    def add_up(worker: int, pieces: Sequence[Piece]) -> None:
         values, leading = buffers[worker, 0], buffers[worker, -1]
         high, low = sums[worker]
         for piece in pieces:
-            filled = views[0][piece].numel()
+            parts = [piece.of(view) for view in views]
+            filled = parts[0].numel()
             used = math.ceil(filled / summed) * summed
-            for row, view in enumerate(views):
-                part = view[piece]
-                target = values[row, :filled].view(part.shape)
-                target.copy_(part)
-                if view.dtype == torch.float64:
-                    target.mul_(scales[row])
-            values[:, filled:used].zero_()
             x, h = values[:, :used], leading[:, :used]
+            x[:, filled:].zero_()
+            # One call for all N: thousands of copies a tensor would pay for the calls.
+            torch._foreach_copy_(list(x[:, :filled].view(count, *parts[0].shape)), parts)
+            if scaled:
+                x.mul_(scales)
             if split:
                 # Adding and taking away a large number rounds to a grid.
                 peak = torch.abs(x, out=h).amax(1, keepdim=True)
@@ -88,8 +88,8 @@ def gram(tensors: Sequence[torch.Tensor]) -> tuple[NDArray[np.longdouble], NDArr
                 low.add_(rest + rest.T, alpha=0.5)
 
     in_stripes(add_up, pieces, device)
-    scaled = exponents.expand(1, 1, count, count)
-    host = torch.cat([sums.view(-1, 1, count, count), scaled]).cpu().numpy()
+    last = exponents.expand(1, 1, count, count)
+    host = torch.cat([sums.view(-1, 1, count, count), last]).cpu().numpy()
     return host[:-1, 0].astype(np.longdouble).sum(0), host[-1, 0, 0].astype(np.int64)
 
 
@@ -108,8 +108,8 @@ def _add_exactly(high: torch.Tensor, low: torch.Tensor, part: torch.Tensor) -> N
     high.copy_(total)
 
 
-def _exponent(view: torch.Tensor, pieces: Sequence[Index]) -> torch.Tensor:
+def _exponent(view: torch.Tensor, pieces: Sequence[Piece]) -> torch.Tensor:
     """The power of two at or above the largest magnitude, as a scalar tensor; 0 if all are zero."""
-    peaks = [torch.maximum(view[piece].amax(), -view[piece].amin()) for piece in pieces]
+    peaks = [torch.maximum(piece.of(view).amax(), -piece.of(view).amin()) for piece in pieces]
     exponent = torch.frexp(torch.stack(peaks).amax()).exponent
     return exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)

@@ -18,12 +18,12 @@ from typing import TypeVar
 
 import torch
 
-from mergekit_karcher.kernels.chunks import Index
+from mergekit_karcher.kernels.chunks import Piece
 
 T = TypeVar("T")
 
 # More would not be faster: the passes are bound by memory bandwidth. It also bounds the scratch.
-_MOST_WORKERS = 16
+_MOST_WORKERS = 8
 
 
 def worker_count(device: torch.device, pieces: int) -> int:
@@ -33,7 +33,7 @@ def worker_count(device: torch.device, pieces: int) -> int:
 
 
 def in_stripes(
-    work: Callable[[int, Sequence[Index]], T], pieces: Sequence[Index], device: torch.device
+    work: Callable[[int, Sequence[Piece]], T], pieces: Sequence[Piece], device: torch.device
 ) -> list[T]:
     """work(stripe number, its pieces) for every stripe, in order; on the CPU in parallel.
 

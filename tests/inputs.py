@@ -1,0 +1,60 @@
+"""Hard inputs, all from here: points in a cap, balanced points, duplicates, zeros, huge spreads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def cap(rng, count, size, radius, spread=1.0):
+    """Vectors in random directions at exactly that angle from one direction, norms log-normal."""
+    centre = _unit(rng.standard_normal(size))
+    return [
+        (np.cos(radius) * centre + np.sin(radius) * _tangent(rng, centre))
+        * np.exp(spread * rng.standard_normal())
+        for _ in range(count)
+    ]
+
+
+def balanced(rng, count, size, radius):
+    """Pairs opposite each other around one direction, which is their mean: all at that angle.
+
+    The hardest case: the linear mean is cos(radius) long, and so amplifies every error.
+    """
+    frame, _ = np.linalg.qr(rng.standard_normal((size, count // 2 + 1)))
+    centre, *sides = frame.T
+    return [
+        (np.cos(radius) * centre + sign * np.sin(radius) * side) * np.exp(rng.standard_normal())
+        for side in sides
+        for sign in (1, -1)
+    ]
+
+
+def ambient_mean(inputs, weights, steps=4000):
+    """A plain float64 Karcher mean of whole vectors (Algorithm 1), where 50 digits are slow."""
+    matrix = np.array([_unit(v) for v in inputs])
+    shares = np.array(weights) / np.sum(weights)
+    x = _unit(shares @ matrix)
+    for _ in range(steps):
+        step = shares @ np.array([log_map(x, p) for p in matrix])
+        length = np.linalg.norm(step)
+        if length < 1e-15:
+            break
+        x = _unit(np.cos(length) * x + np.sin(length) * step / length)
+    return x * (shares @ [np.linalg.norm(v) for v in inputs])
+
+
+def log_map(x, p):
+    """The tangent vector at x towards p, as long as the angle between them."""
+    tangent = p - (x @ p) * x
+    length = np.linalg.norm(tangent)
+    angle = 2 * np.arctan2(np.linalg.norm(x - p), np.linalg.norm(x + p))
+    return tangent * (angle / length) if length > 0 else np.zeros_like(x)
+
+
+def _tangent(rng, centre):
+    side = rng.standard_normal(len(centre))
+    return _unit(side - centre * (side @ centre))
+
+
+def _unit(vector):
+    return np.asarray(vector) / np.linalg.norm(vector)

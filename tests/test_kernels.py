@@ -1,0 +1,238 @@
+"""The streaming passes: dtypes, strides, chunk edges, memory, threads."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mergekit_karcher import karcher_mean
+from mergekit_karcher.kernels.chunks import walk, working_device
+from mergekit_karcher.kernels.combine import combine
+from mergekit_karcher.kernels.gram import gram
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def draw(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def layouts():
+    """The same kind of tensor in every layout, by name."""
+    yield "contiguous", draw(12, 10)
+    yield "transposed", draw(10, 12).T
+    yield "column slice", draw(12, 30)[:, ::3]
+    yield "row slice", draw(36, 10)[5:17]
+    yield "expanded", draw(12, 1).expand(12, 10)
+    yield "channels last", draw(2, 10, 3, 4).to(memory_format=torch.channels_last)
+    yield "one element", draw(1)
+    yield "scalar", draw()[()]
+    yield "long rows", draw(2, 500)[:, 1:]
+    yield "permuted", draw(3, 4, 5, 6).permute(3, 1, 0, 2)
+
+
+LAYOUTS = dict(layouts())
+
+
+@pytest.fixture(params=[None, 16], ids=["one chunk", "many chunks"])
+def chunks(request, monkeypatch):
+    if request.param is not None:
+        monkeypatch.setattr("mergekit_karcher.kernels.gram.CHUNK_ELEMENTS", request.param * 3)
+        monkeypatch.setattr("mergekit_karcher.kernels.gram._SUM_ELEMENTS", 5)
+        monkeypatch.setattr("mergekit_karcher.kernels.combine.CHUNK_ELEMENTS", request.param)
+
+
+def expected_gram(tensors):
+    rows = np.array([tensor.double().numpy().ravel() for tensor in tensors], dtype=np.longdouble)
+    return rows @ rows.T
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gram_and_combine_equal_the_plain_formulas(layout, dtype):
+    tensors = [(LAYOUTS[layout] + shift).to(dtype) for shift in (0, 0.25, -1.5)]
+    tensors[0] = LAYOUTS[layout].to(dtype)  # the layout itself; sums above are contiguous
+    before = [tensor.clone() for tensor in tensors]
+    matrix, exponents = gram(tensors)
+    matrix = np.ldexp(matrix, exponents[:, None] + exponents)
+    np.testing.assert_allclose(matrix, expected_gram(tensors), rtol=1e-15, atol=1e-15)
+
+    factors = [0.7, -1.3, 0.0]
+    combined = combine(tensors, factors, dtype)
+    exact = 0.7 * tensors[0].double() - 1.3 * tensors[1].double()
+    size = 0.7 * tensors[0].double().abs() + 1.3 * tensors[1].double().abs()
+    assert combined.dtype == dtype
+    assert combined.shape == tensors[0].shape
+    assert combined.is_contiguous()
+    assert ((combined.double() - exact).abs() <= torch.finfo(dtype).eps * size).all()
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+@pytest.mark.usefixtures("chunks")
+def test_mixed_dtypes_and_strides_in_one_group():
+    tensors = [
+        draw(9, 14, seed=1).half(),
+        draw(14, 9, seed=2).bfloat16().T,
+        draw(9, 28, seed=3).float()[:, ::2],
+        draw(9, 14, seed=4),
+    ]
+    mean, result = karcher_mean(tensors)
+    same, expected = karcher_mean([tensor.double().contiguous() for tensor in tensors])
+    assert mean.dtype == torch.float64
+    torch.testing.assert_close(mean, same, rtol=1e-14, atol=1e-15)
+    np.testing.assert_allclose(result.coefficients, expected.coefficients, rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "promoted"),
+    [
+        ((torch.float16, torch.bfloat16), torch.float32),
+        ((torch.bfloat16, torch.float32), torch.float32),
+        ((torch.float16, torch.float64), torch.float64),
+    ],
+)
+def test_the_result_has_the_promoted_dtype(dtypes, promoted):
+    mean, _ = karcher_mean([draw(5, seed=i).to(dtype) for i, dtype in enumerate(dtypes)])
+    assert mean.dtype == promoted
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4, 5)])
+def test_empty_tensors(shape):
+    mean, result = karcher_mean([torch.empty(shape)] * 3)
+    assert mean.shape == shape
+    assert result.converged
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 50), (1000, 2), (4, 1, 1, 6)])
+@pytest.mark.parametrize("limit", [1, 4, 64, 10_000])
+@pytest.mark.parametrize("strided", [False, True])
+def test_pieces_cover_every_element_once_and_keep_the_limit(shape, limit, strided):
+    tensor = torch.zeros(shape)
+    if strided and len(shape) > 0:
+        tensor = torch.zeros((*shape, 2))[..., 0]
+    (view,), pieces = walk([tensor], limit)
+    for piece in pieces:
+        assert 0 < piece.of(view).numel() <= limit
+        piece.of(view).add_(1)
+    assert torch.equal(tensor, torch.ones(shape))
+
+
+def test_float64_sums_leave_devices_that_have_none():
+    assert working_device(torch.device("mps")) == torch.device("cpu")
+    assert working_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+
+def peak_scratch(tensors):
+    """The most bytes that karcher_mean held at once, by the profiler; its result included."""
+    karcher_mean(tensors)  # the threads start
+    with torch.profiler.profile(profile_memory=True) as profile:
+        mean, _ = karcher_mean(tensors)
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert peak >= mean.nbytes
+    return peak - mean.nbytes
+
+
+KINDS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mixed", "strided"])
+def test_scratch_does_not_grow_with_the_number_or_size_of_inputs(kind):
+    """One output and at most 64 MB beside the inputs, for 2 and 17 of them; here much less."""
+
+    def inputs(count, rows):
+        for index in range(count):
+            dtype = torch.bfloat16 if kind == "mixed" and index % 2 else torch.float32
+            tensor = draw(rows, 1024, dtype=KINDS.get(kind, dtype), seed=index)
+            yield tensor.T if kind == "strided" and index == 0 else tensor
+
+    shape = 1024 if kind == "strided" else 2048
+    few, many = (peak_scratch(list(inputs(count, shape))) for count in (2, 17))
+    assert max(few, many) < 24 * 2**20
+    assert abs(few - many) < 2**20
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_but_the_gram_matrix_is_read_back_from_the_device():
+    """`item`, `nonzero` and the like would each wait for an accelerator."""
+    with Calls() as calls:
+        karcher_mean([draw(40, 40, seed=seed) for seed in range(3)])
+    assert "aten.stack.default" in calls.names or "aten.cat.default" in calls.names
+    waiting = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
+    assert not [name for name in calls.names if any(word in name for word in waiting)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_does_not_change_the_answer(threads, monkeypatch):
+    monkeypatch.setattr("mergekit_karcher.kernels.gram.CHUNK_ELEMENTS", 1 << 12)
+    tensors = [draw(200, 100, dtype=torch.bfloat16, seed=seed) for seed in range(3)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        mean, _ = karcher_mean(tensors)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(mean, karcher_mean(tensors)[0])
+
+
+def test_inference_mode_and_a_default_device_do_not_matter():
+    tensors = [draw(30, 30, seed=seed) for seed in range(3)]
+    expected, _ = karcher_mean(tensors)
+    with torch.inference_mode():
+        assert torch.equal(karcher_mean([tensor.clone() for tensor in tensors])[0], expected)
+    with torch.device("meta"):
+        assert torch.equal(karcher_mean(tensors)[0], expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(karcher_mean(tensors)[0], expected)
+
+
+def _mean_in_child(tensors, queue):
+    queue.put(karcher_mean(tensors)[0].tolist())
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_child_process_merges_too(method):
+    """A fork copies the pool of threads without its threads."""
+    tensors = [draw(64, 64, seed=seed) for seed in range(2)]
+    expected = karcher_mean(tensors)[0].tolist()
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_mean_in_child, args=(tensors, queue))
+    child.start()
+    try:
+        assert queue.get(timeout=120) == expected
+    finally:
+        child.terminate()
+        child.join()
+
+
+def test_inputs_are_shared_between_threads_without_harm():
+    """The executor of --multi-gpu calls from several threads at once."""
+    tensors = [draw(300, 300, seed=seed) for seed in range(4)]
+    expected, _ = karcher_mean(tensors)
+    with ThreadPoolExecutor(4) as pool:
+        for mean, _ in pool.map(lambda _: karcher_mean(tensors), range(12)):
+            assert torch.equal(mean, expected)
