@@ -61,16 +61,18 @@ def register_methods(registry: Any) -> None:
 
 def look_at_plans(module: ModuleType) -> None:
     """Have the plans of `mergekit-yaml` and `mergekit-multi` looked at before they run."""
-    from mergekit_karcher.plan import watch_planner
+    if not isinstance(_method("karcher"), _Refusal):
+        from mergekit_karcher.plan import watch_planner
 
-    watch_planner(module.MergePlanner)
+        watch_planner(module.MergePlanner)
 
 
 def look_at_flat_plans(module: ModuleType) -> None:
     """Have the plans of `mergekit-pytorch` looked at before they run."""
-    from mergekit_karcher.plan import watch_flat_planner
+    if not isinstance(_method("karcher"), _Refusal):
+        from mergekit_karcher.plan import watch_flat_planner
 
-    watch_flat_planner(module)
+        watch_flat_planner(module)
 
 
 def _method(name: str) -> Any:

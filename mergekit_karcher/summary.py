@@ -83,7 +83,10 @@ def begin(title: str) -> Stage:
     context = click.get_current_context(silent=True)
     mergekits = context is not None and (context.command.name or "").startswith("mergekit-")
     if context is not None and mergekits and not context.params.get("quiet"):
-        context.with_resource(_told_at_the_end(_current))
+        stages = context.meta.setdefault(__name__, [])
+        if not stages:
+            context.with_resource(_told_at_the_end(stages))
+        stages.append(_current)
     return _current
 
 
@@ -94,8 +97,9 @@ def record(name: str, mean: KarcherMean) -> None:
 
 
 @contextmanager
-def _told_at_the_end(stage: Stage) -> Iterator[None]:
+def _told_at_the_end(stages: Sequence[Stage]) -> Iterator[None]:
     # Not reached if the command fails: the error is then what there is to say.
     yield
-    for line in stage.lines():
-        click.echo(line, err=True)
+    for stage in stages:
+        for line in stage.lines():
+            click.echo(line, err=True)

@@ -1,0 +1,102 @@
+"""Small real models, made once a run, and mergekit's own commands in this process."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from mergekit.scripts import merge_raw_pytorch, multimerge, run_yaml
+from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+COMMANDS = {
+    "mergekit-yaml": run_yaml.main,
+    "mergekit-multi": multimerge.main,
+    "mergekit-pytorch": merge_raw_pytorch.main,
+}
+
+
+def llama(folder: Path, seed: int, extra_words: int = 0, dtype=torch.bfloat16, **options) -> str:
+    """A Llama-type checkpoint of 3 layers in several shards, with a tokenizer; returns its path."""
+    torch.manual_seed(seed)
+    words = [f"w{index}" for index in range(60)] + [f"m{seed}x{i}" for i in range(extra_words)]
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=3,
+        vocab_size=len(vocabulary),
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="20KB")
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+def weights_of(folder: str | Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint folder, by name."""
+    tensors = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    return tensors
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    exit_code: int
+    output: str
+    out: Path
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        assert self.exit_code == 0, self.output
+        found = weights_of(self.out)
+        assert found, "the merge wrote no weights"
+        return found
+
+
+@pytest.fixture(scope="session")
+def three_models(tmp_path_factory):
+    """Paths of three models of one architecture and vocabulary."""
+    folder = tmp_path_factory.mktemp("models")
+    return [llama(folder / name, seed) for seed, name in enumerate("abc")]
+
+
+@pytest.fixture
+def merge(tmp_path):
+    """Run one of mergekit's commands on a config (a dict, or a list of them for stages)."""
+
+    def run(config, *options, command="mergekit-yaml", name="merged") -> Outcome:
+        path = tmp_path / f"{name}.yml"
+        documents = config if isinstance(config, list) else [config]
+        path.write_text(yaml.safe_dump_all(documents))
+        out = tmp_path / name
+        where = [str(out)]
+        if command == "mergekit-multi":
+            where = ["--out-path", str(out), "-I", str(tmp_path / "stages")]
+        result = CliRunner().invoke(COMMANDS[command], [str(path), *where, *options])
+        output = result.output
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            output += f"{type(result.exception).__name__}: {result.exception}"
+        return Outcome(result.exit_code, output, out)
+
+    yield run
+    logging.getLogger().handlers.clear()  # mergekit's logging keeps the runner's closed streams

@@ -1,0 +1,270 @@
+"""How the method gets into mergekit: in fresh processes, as users start them."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mergekit_karcher
+
+PACKAGE = Path(mergekit_karcher.__file__).parent
+WHICH = "print(get('karcher').spec.pretty_name or 'built-in')"
+
+
+def run(code, **environment):
+    """Standard output of a fresh interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+OURS = f"Karcher Mean (mergekit-karcher {mergekit_karcher.__version__})"
+BUILTIN = "Karcher Mean"
+
+WAYS_IN = {
+    "merge_methods": "from mergekit.merge_methods import get",
+    "torch first": "import torch; from mergekit.merge_methods import get",
+    "ours first": "import mergekit_karcher; from mergekit.merge_methods import get",
+    "ours whole first": "from mergekit_karcher import karcher_mean, register, KarcherMean\n"
+    "from mergekit.merge_methods import get",
+    "plan": "import mergekit.plan; from mergekit.merge_methods import get",
+    "yaml": "import mergekit.scripts.run_yaml; from mergekit.merge_methods import get",
+    "the module itself": "import mergekit.merge_methods.karcher\n"
+    "from mergekit.merge_methods import get",
+    "registered": "import mergekit_karcher; mergekit_karcher.register()\n"
+    "from mergekit.merge_methods import get",
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+def test_karcher_is_ours_whatever_is_imported_first(way):
+    assert run(f"{WAYS_IN[way]}\n{WHICH}") == OURS
+
+
+def test_the_switch_keeps_the_builtin_and_an_explicit_register_wins():
+    assert run(f"{WAYS_IN['merge_methods']}\n{WHICH}", MERGEKIT_KARCHER="0") == BUILTIN
+    assert run(f"{WAYS_IN['registered']}\n{WHICH}", MERGEKIT_KARCHER="0") == OURS
+
+
+LATE = """
+import mergekit.merge_methods as methods
+from mergekit.merge_methods import get
+import mergekit.scripts.run_yaml, mergekit.scripts.merge_raw_pytorch
+assert get("karcher").spec.pretty_name == "Karcher Mean"
+import mergekit_karcher
+mergekit_karcher.register()
+mergekit_karcher.register()
+print([get(name).spec.name for name in ("karcher", "karcher_mean")])
+import mergekit.merge_methods.karcher as karcher, mergekit.merge_methods.registry as registry
+assert karcher.karcher_merge_method is registry.karcher_merge_method is get("karcher")
+import mergekit.plan
+print(hasattr(mergekit.plan.MergePlanner.plan_to_disk, "__wrapped__"))
+print(hasattr(mergekit.scripts.merge_raw_pytorch.plan_flat_merge, "__wrapped__"))
+"""
+
+
+def test_register_after_mergekit_was_imported():
+    lines = run(LATE + WHICH, TORCH_DEVICE_BACKEND_AUTOLOAD="0").splitlines()
+    assert lines == ["['karcher', 'karcher_mean']", "True", "True", OURS]
+
+
+def test_without_autoload_the_builtin_stays():
+    code = f"{WAYS_IN['merge_methods']}\n{WHICH}"
+    assert run(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == BUILTIN
+
+
+def test_a_spawned_process_has_it_too(tmp_path):
+    code = """
+import multiprocessing
+def which(_):
+    from mergekit.merge_methods import get
+    return get("karcher").spec.pretty_name
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.map(which, [0])[0])
+"""
+    script = tmp_path / "spawned.py"
+    script.write_text(code)
+    assert run(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')") == OURS
+
+
+def test_the_module_as_a_command_has_it_too():
+    code = """
+import runpy, sys
+sys.argv = ["run_yaml", "--help"]
+try:
+    runpy.run_module("mergekit.scripts.run_yaml", run_name="__main__")
+except SystemExit:
+    from mergekit.merge_methods import get
+"""
+    assert run(code + WHICH).splitlines()[-1] == OURS
+
+
+def test_mergekits_modules_look_untouched():
+    code = """
+import inspect, importlib, sys
+import mergekit.merge_methods.karcher as karcher, mergekit.merge_methods.registry as registry
+import mergekit.plan
+for module in (karcher, registry, mergekit.plan):
+    assert type(module.__loader__).__module__ == "_frozen_importlib_external", module.__loader__
+    assert module.__spec__.loader is module.__loader__
+    assert inspect.getsource(module)
+importlib.reload(registry)
+from mergekit_karcher import autoload
+autoload.install(); autoload.install()
+assert sum(type(finder).__name__ == "_Finder" for finder in sys.meta_path) == 1
+print(registry.get("karcher").spec.pretty_name)
+"""
+    assert run(code) == OURS
+
+
+def test_importing_us_alone_imports_neither_torch_nor_mergekit():
+    code = """
+import sys, mergekit_karcher, mergekit_karcher.autoload
+heavy = {"torch", "mergekit", "numpy", "click"}
+print(sorted(heavy & {name.split(".")[0] for name in sys.modules}))
+import mergekit_karcher.maths.mean
+print("torch" in sys.modules)
+import mergekit_karcher.merge
+print("mergekit" in sys.modules)
+"""
+    assert run(code).splitlines() == ["[]", "False", "False"]
+
+
+def test_the_import_test_can_fail():
+    """The check above sees an import when there is one."""
+    code = "import sys, torch, mergekit_karcher; print('torch' in sys.modules)"
+    assert run(code) == "True"
+
+
+def test_programs_without_torch_see_no_trace():
+    code = "import sys; print([n for n in sys.modules if 'karcher' in n], len(sys.meta_path))"
+    bare = [sys.executable, "-S", "-c", code]
+    expected = subprocess.run(bare, capture_output=True, text=True, check=True).stdout.split()[0]
+    assert run(code).split("]")[0] + "]" == expected == "[]"
+
+
+def test_install_never_raises():
+    """An exception in it would break `import torch` for every program."""
+    code = """
+import sys
+from mergekit_karcher import autoload
+class Broken(list):
+    def insert(self, *_): raise RuntimeError("no")
+    def __iter__(self): raise RuntimeError("no")
+path, sys.meta_path = sys.meta_path, Broken()
+autoload.install()
+sys.meta_path = path
+print("survived")
+"""
+    assert run(code, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "survived"
+
+
+MISFIT = """
+import importlib.metadata, logging
+true = importlib.metadata.version
+importlib.metadata.version = lambda name: "{version}" if name == "mergekit" else true(name)
+{break_it}
+from mergekit.merge_methods import get, merge_state_dicts
+import torch
+a, b = {{"w": torch.ones(2)}}, {{"w": torch.zeros(2)}}
+print(merge_state_dicts([a, b], "linear", parameters={{"weight": 1}})["w"].tolist())
+from click.testing import CliRunner
+from mergekit.scripts.run_yaml import main
+import sys
+for name in ("karcher", "karcher_mean"):
+    open("{config}", "w").write("merge_method: " + name + "\\nmodels: [{{model: {model}}}]")
+    result = CliRunner().invoke(main, ["{config}", "{out}"])
+    print(result.exit_code, result.output.splitlines()[-1])
+import mergekit_karcher
+try: mergekit_karcher.register()
+except mergekit_karcher.KarcherError as error: print(error)
+"""
+
+
+BREAK = """
+import torch
+from mergekit_karcher import method
+def build(name):
+    raise ImportError("cannot import name 'ParameterSpec'")
+method.build_method = build
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "break_it", "reason"),
+    [
+        ("0.1.4", "", "mergekit 0.1.4 (it was written for mergekit >= 0.1.5, < 0.2)"),
+        ("0.2.0", "", "mergekit 0.2.0 (it was written for mergekit >= 0.1.5, < 0.2)"),
+        ("1.0", "", "mergekit 1.0 (it was written for mergekit >= 0.1.5, < 0.2)"),
+        ("0.1.9", BREAK, "mergekit 0.1.9 (ImportError: cannot import name 'ParameterSpec')"),
+    ],
+)
+def test_a_mergekit_that_does_not_fit(version, break_it, reason, three_models, tmp_path):
+    """Other methods work; a karcher config stops with one sentence, never with the built-in."""
+    code = MISFIT.format(
+        version=version,
+        break_it=break_it,
+        config=tmp_path / "c.yml",
+        out=tmp_path / "out",
+        model=three_models[0],
+    )
+    linear, first, second, late = run(code).splitlines()
+    assert linear == "[0.5, 0.5]"
+    for line, name in ((first, "karcher"), (second, "karcher_mean")):
+        assert line.startswith(f"1 Error: merge_method: {name} cannot run: mergekit-karcher")
+        assert reason in line
+        assert "install a mergekit that fits" in line
+    assert reason in late
+    assert not (tmp_path / "out").exists()
+
+
+def imports_of(path):
+    """The modules of this package that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+# Data goes one way; a room may import the rooms named here, and no others of ours.
+ROOMS = {
+    "maths": {"maths"},
+    "kernels": {"kernels"},
+    "errors": set(),
+    "summary": {"maths"},
+    "merge": {"errors", "kernels", "maths"},
+    "method": {"__init__", "errors", "merge", "summary"},
+    "plan": {"errors", "merge", "method", "summary"},
+    "plugin": {"__init__", "autoload", "errors", "method", "plan"},
+    "autoload": set(),
+    "__init__": set(),
+}
+FORBIDDEN = {"maths": {"torch", "mergekit"}, "kernels": {"mergekit"}, "merge": {"mergekit"}}
+
+
+@pytest.mark.parametrize(
+    "path", [*PACKAGE.rglob("*.py")], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_imports_go_one_way(path):
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for module in imports_of(path):
+        first, *rest = module.split(".")
+        if first == "mergekit_karcher":
+            assert (rest[0] if rest else "__init__") in ROOMS[room]
+        assert first not in FORBIDDEN.get(room, set())
+        if room in ("__init__", "autoload", "errors"):
+            assert first in sys.stdlib_module_names | {"click", "mergekit_karcher"}
