@@ -1,0 +1,33 @@
+# make demo: three tiny language models, trained here, merged by mergekit-yaml, and compared.
+# make test: lint, types and all tests.
+# Both make .venv first; they need Python 3.10 or later, and a network on the first run.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python demo/train.py
+	$(BIN)/mergekit-yaml example_configs/quickstart.yml out
+	$(BIN)/mergekit-yaml demo/linear.yml demo/out-linear
+	$(BIN)/python demo/evaluate.py
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/run.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out demo/models demo/out-linear
