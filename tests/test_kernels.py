@@ -192,6 +192,9 @@ def test_the_number_of_threads_does_not_change_the_answer(threads, monkeypatch):
         torch.set_num_threads(threads)
         mean, _ = karcher_mean(tensors)
         assert torch.get_num_threads() == threads
+        # Threads of the program that start later look at what was set last.
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == threads
     finally:
         torch.set_num_threads(before)
     assert torch.equal(mean, karcher_mean(tensors)[0])

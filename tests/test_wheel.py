@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """The bin folder of a fresh virtual environment with nothing but the wheel and what it needs."""
+    """The bin folder of a fresh virtual environment with the wheel and what it needs."""
     folder = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT, cwd=folder)
     (wheel,) = folder.glob("*.whl")

@@ -53,5 +53,5 @@ def combine(
                 total.add_(piece.of(view).to(device), alpha=factor)
             part.copy_(total)
 
-    in_stripes(add_up, pieces, device)
+    in_stripes(add_up, pieces, device, len(views) * first.numel())
     return result

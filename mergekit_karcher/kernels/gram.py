@@ -87,7 +87,7 @@ def gram(tensors: Sequence[torch.Tensor]) -> tuple[NDArray[np.longdouble], NDArr
                 rest = _products(x, h.mul_(2).add_(x), summed)
                 low.add_(rest + rest.T, alpha=0.5)
 
-    in_stripes(add_up, pieces, device)
+    in_stripes(add_up, pieces, device, count * size)
     last = exponents.expand(1, 1, count, count)
     host = torch.cat([sums.view(-1, 1, count, count), last]).cpu().numpy()
     return host[:-1, 0].astype(np.longdouble).sum(0), host[-1, 0, 0].astype(np.int64)

@@ -25,6 +25,9 @@ T = TypeVar("T")
 # More would not be faster: the passes are bound by memory bandwidth. It also bounds the scratch.
 _MOST_WORKERS = 8
 
+# Up to here torch itself runs a call on one thread.
+_serial_values = 1 << 15
+
 
 def worker_count(device: torch.device, pieces: int) -> int:
     """How many stripes `in_stripes` cuts that many pieces into on that device."""
@@ -33,11 +36,15 @@ def worker_count(device: torch.device, pieces: int) -> int:
 
 
 def in_stripes(
-    work: Callable[[int, Sequence[Piece]], T], pieces: Sequence[Piece], device: torch.device
+    work: Callable[[int, Sequence[Piece]], T],
+    pieces: Sequence[Piece],
+    device: torch.device,
+    values: int,
 ) -> list[T]:
     """work(stripe number, its pieces) for every stripe, in order; on the CPU in parallel.
 
-    The threads share no state but what work brings along. They record no gradients.
+    values: how many the whole work reads; for few of them, waking a thread costs more than it
+    saves. The threads share no state but what work brings along. They record no gradients.
     """
     count = worker_count(device, len(pieces))
     edges = [len(pieces) * index // count for index in range(count + 1)]
@@ -49,8 +56,8 @@ def in_stripes(
             return work(index, stripes[index])
 
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        return [run(0)]
+    if device.type != "cpu" or threads == 1 or values <= _serial_values:
+        return [run(index) for index in range(count)]
     return list(_pool(threads).map(run, range(count)))
 
 
@@ -72,6 +79,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+def _after_fork() -> None:
+    """A forked child has the pool but not its threads, nor those that OpenMP believes to have."""
+    global _serial_values
+    _serial_values = 0
+    _pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):
-    # A forked child has the pool, but not its threads.
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=_after_fork)

@@ -246,7 +246,7 @@ class _Sphere:
         while point.residual > max(tol, point.rounding) and steps < max_iter:
             point = self._step(point)
             steps += 1
-        if point.alpha > 0 and point.residual <= max(tol, point.rounding):
+        if point.alpha > 0 and _EPS < point.residual <= max(tol, point.rounding):
             # Newton squares the error: one step past tol leaves rounding errors only.
             beyond = self._move(point, self._newton(point))
             if beyond is not None and beyond.residual < point.residual:

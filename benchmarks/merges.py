@@ -1,0 +1,110 @@
+"""Whole `mergekit-yaml` runs: wall time, processor time and peak memory of the process."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from checkpoints import write_checkpoints
+from contestants import BUILTIN, LINEAR, OURS
+from rows import Row, interleave, quantiles, timed_rows
+
+MODELS = 3
+START_UP = "start-up"
+
+_COMMAND = Path(sysconfig.get_path("scripts")) / "mergekit-yaml"
+_METHODS = {OURS: "karcher", LINEAR: "linear", BUILTIN: "karcher"}
+_SAMPLE_SECONDS = 0.02
+
+
+def merges(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
+    """Random Llama checkpoints merged by each contestant, by the built-in in one round only.
+
+    `mergekit-yaml --help` shows what start-up takes.
+    """
+    with tempfile.TemporaryDirectory(prefix="karcher-benchmark-", dir=scratch) as name:
+        folder = Path(name)
+        _check_space(folder, parameters)
+        models, total = write_checkpoints(folder, parameters, MODELS)
+        # Or else the first merges would compete with the writing.
+        os.sync()
+        calls = {c: partial(_merge, c, folder, models) for c in _METHODS}
+        calls[START_UP] = partial(_watch, ["--help"], folder / "log", os.environ)
+        counts = dict.fromkeys(calls, rounds) | {BUILTIN: 1}
+        runs = interleave(calls, counts)
+    case = {"parameters": f"{total / 1e9:.3g}e9", "models": MODELS, "dtype": "bf16"}
+    seconds = {
+        name: {turn: run["seconds"] for turn, run in turns.items()} for name, turns in runs.items()
+    }
+    more = {
+        name: {key: quantiles([run[key] for run in turns.values()]) for key in turns[0]}
+        for name, turns in runs.items()
+    }
+    yield from timed_rows("merges", case, seconds, more)
+
+
+def _check_space(folder: Path, parameters: int) -> None:
+    needed, free = 2 * parameters * (MODELS + 1) * 1.2, shutil.disk_usage(folder).free
+    if free < needed:
+        raise SystemExit(
+            f"{folder} has {free / 1e9:.1f} GB free of the {needed / 1e9:.1f} GB needed: "
+            "give another folder by --scratch, or fewer --params."
+        )
+
+
+def _merge(contestant: str, folder: Path, models: Sequence[Path]) -> dict[str, float]:
+    out, log, config = folder / "out", folder / "log", folder / "config.yml"
+    weight = {"parameters": {"weight": 1.0}} if contestant == LINEAR else {}
+    document = {
+        "merge_method": _METHODS[contestant],
+        "models": [{"model": str(model)} | weight for model in models],
+        "dtype": "bfloat16",
+    }
+    config.write_text(yaml.safe_dump(document))
+    environment = {"HF_HUB_OFFLINE": "1", "MERGEKIT_KARCHER": "0" if contestant == BUILTIN else "1"}
+    arguments = [str(config), str(out), "--no-copy-tokenizer"]
+    measured = _watch(arguments, log, os.environ | environment)
+    if ("tensors merged" in log.read_text()) != (contestant == OURS):
+        raise RuntimeError(f"the wrong method ran for {contestant}:\n{log.read_text()[-2000:]}")
+    shutil.rmtree(out)
+    return measured
+
+
+def _watch(arguments: Sequence[str], log: Path, environment: Any) -> dict[str, float]:
+    """Run `mergekit-yaml` and sample its memory.
+
+    The kernel's own account for a finished child (ru_maxrss) starts at the peak of its parent.
+    """
+    peaks = {"VmHWM": 0, "RssAnon": 0}
+    with log.open("wb") as file:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [_COMMAND, *arguments], stdout=file, stderr=file, env=environment
+        )
+        status_file, ended = Path(f"/proc/{process.pid}/status"), 0
+        while not ended:
+            found = dict(re.findall(r"(VmHWM|RssAnon):\s+(\d+) kB", status_file.read_text()))
+            peaks = {key: max(peak, int(found.get(key, 0))) for key, peak in peaks.items()}
+            time.sleep(_SAMPLE_SECONDS)
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise RuntimeError(f"mergekit-yaml failed:\n{log.read_text()[-4000:]}")
+    return {
+        "seconds": seconds,
+        "processor_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_rss_mb": peaks["VmHWM"] * 1024 / 1e6,
+        "peak_anonymous_mb": peaks["RssAnon"] * 1024 / 1e6,
+        "load_average": os.getloadavg()[0],
+    }

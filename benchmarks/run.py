@@ -1,0 +1,76 @@
+"""Measure this package against mergekit's own karcher and linear: `python benchmarks/run.py`.
+
+Rows go to a JSON file, tables to the screen and to a markdown file beside it. Sections that were
+not run keep the rows that the file has of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+# The profiler of torch announces every start and stop otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+from error import error
+from kernels import QUICK, Sizes, kernels
+from long_runs import long_runs
+from merges import merges
+from rows import Row
+from scratch import scratch
+from table import markdown
+
+RESULTS = Path(__file__).with_name("results.json")
+SECTIONS = ("kernels", "long", "scratch", "error", "merges")
+
+
+def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
+    """The rows of one section."""
+    quick = options.quick
+    if section == "kernels":
+        return kernels(QUICK if quick else Sizes())
+    if section == "long":
+        return long_runs(256, 64, 3, 3) if quick else long_runs(4096, 512, 17, 3)
+    if section == "scratch":
+        return scratch(512 if quick else 4096)
+    if section == "error":
+        return error((2,), (1e-8, 0.7)) if quick else error()
+    parameters = options.params or (20_000_000 if quick else 1_000_000_000)
+    return merges(parameters, options.scratch, rounds=1 if quick else 5)
+
+
+def write(rows: Sequence[Row], path: Path) -> None:
+    """The JSON file, one line a row, and the markdown file beside it."""
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    path.with_suffix(".md").write_text(markdown(rows))
+
+
+def main() -> None:
+    """Run what was asked for, and write after each section."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+", default=SECTIONS)
+    parser.add_argument("--out", type=Path, help="JSON file; default: beside this script")
+    parser.add_argument("--params", type=int, help="parameters of each whole model")
+    parser.add_argument("--scratch", type=Path, help="where whole models may lie for a while")
+    options = parser.parse_args()
+    # A quick run must not take the place of a true one.
+    path = options.out or (None if options.quick else RESULTS)
+    rows: list[Row] = json.loads(path.read_text()) if path and path.is_file() else []
+    for section in options.only:
+        found = []
+        for row in measure(section, options):
+            print(section, row["case"], row["contestant"], file=sys.stderr)
+            found.append(row)
+        rows = [row for row in rows if row["section"] != section] + found
+        if path:
+            write(rows, path)
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
