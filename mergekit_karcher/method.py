@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.merge import MAX_ITER, TOL, check_stopping, merge
-from mergekit_karcher.summary import record
+from mergekit_karcher.summary import label, record
 
 # The second is a name that only we have: a config that uses it never falls back to the built-in.
 NAMES = ("karcher", "karcher_mean")
@@ -85,7 +85,7 @@ def build_method(name: str) -> Any:
                 weight.values_for(group.entries),
                 max_iter=max_iter,
                 tol=tol,
-                labels=[str(entry.id) for entry in group.entries],
+                labels=[label(tensor_name, str(entry.id)) for entry in group.entries],
                 name=tensor_name,
             )
             record(tensor_name, mean)

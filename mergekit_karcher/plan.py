@@ -11,7 +11,7 @@ from typing import Any
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.merge import check_weights
 from mergekit_karcher.method import NAMES
-from mergekit_karcher.summary import begin
+from mergekit_karcher.summary import begin, label
 
 # The fields of a config below which more parameters may stand.
 _NESTED = ("models", "slices", "sources", "modules")
@@ -82,13 +82,23 @@ def _looked_at(tasks: Any, config: Any, out_path: str) -> Any:
     """The plan itself, after its weights were checked and its summary was begun."""
     if config.merge_method not in NAMES:
         return tasks
-    stage = begin(os.path.basename(os.path.normpath(out_path)))
+    stage = begin(os.path.basename(os.path.abspath(out_path)))
     for task in _merge_tasks(tasks):
-        models = task.model_order
-        weights = [task.input_parameters[model]["weight"] for model in models]
-        check_weights(weights, [str(model) for model in models], task.output_weight.name)
-        stage.inputs[task.output_weight.name] = len(models)
+        name = task.output_weight.name
+        inputs = {str(model): name for model in task.model_order}
+        inputs |= {str(model): weight.name for model, weight in _weights_read(task)}
+        stage.inputs[name] = inputs
+        weights = [task.input_parameters[model]["weight"] for model in task.model_order]
+        check_weights(weights, [label(name, model) for model in inputs], name)
     return tasks
+
+
+def _weights_read(task: Any) -> Iterable[tuple[Any, Any]]:
+    """What a merge task reads, by model; the vocabulary's tasks wrap the one that knows."""
+    gather = task.gather_tensors
+    while hasattr(gather, "gather_tensors"):
+        gather = gather.gather_tensors
+    return gather.weight_info.items() if hasattr(gather, "weight_info") else ()
 
 
 def _merge_tasks(tasks: Iterable[Any]) -> Iterator[Any]:

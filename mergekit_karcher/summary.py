@@ -20,8 +20,8 @@ class Stage:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        # How many models were planned to take part, by output tensor.
-        self.inputs: dict[str, int] = {}
+        # For each output tensor, the models that were planned to take part, and what they call it.
+        self.inputs: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
         self._merged = 0
         self._largest_angle = 0.0
@@ -41,7 +41,7 @@ class Stage:
                 self._flagged["fell back to the linear mean"].append(name)
             elif not mean.unique:
                 self._flagged["not certified unique"].append(name)
-            if len(mean.coefficients) < self.inputs.get(name, 0):
+            if len(mean.coefficients) < len(self.inputs.get(name, ())):
                 self._incomplete.append(name)
             if mean.status is Status.NOT_CONVERGED:
                 self._flagged["not converged"].append(name)
@@ -88,6 +88,13 @@ def begin(title: str) -> Stage:
             context.with_resource(_told_at_the_end(stages))
         stages.append(_current)
     return _current
+
+
+def label(name: str, model: str) -> str:
+    """The model, and its own name for that output tensor where slices make them differ."""
+    inputs = _current.inputs if _current is not None else {}
+    own = inputs.get(name, {}).get(model, name)
+    return model if own == name else f"{model} (there {own})"
 
 
 def record(name: str, mean: KarcherMean) -> None:

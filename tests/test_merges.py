@@ -349,6 +349,20 @@ def test_a_value_that_is_not_finite_stops_the_merge(three_models, merge, tmp_pat
     assert_stopped(outcome, name, broken, str(value), "[1, 2]", "leave out that model")
 
 
+def test_an_error_under_slices_names_the_tensor_as_the_model_does(three_models, merge, tmp_path):
+    broken = spoil(
+        three_models[1], tmp_path / "broken", "model.layers.2.mlp.up_proj.weight", torch.nan
+    )
+    sources = [
+        {"model": three_models[0], "layer_range": [0, 2]},
+        {"model": broken, "layer_range": [1, 3]},
+    ]
+    config = config_for([], slices=[{"sources": sources}])
+    del config["models"]
+    own = "(there model.layers.2.mlp.up_proj.weight)"
+    assert_stopped(merge(config), "model.layers.1.mlp.up_proj.weight", f"{broken} {own}")
+
+
 BAD_SETTINGS = [
     ({"weight": -0.5}, {}, ["weight of {model}", "-0.5", "0 or more", "embed_tokens"]),
     ({"weight": float("nan")}, {}, ["weight of {model}", "nan", "0 or more"]),
