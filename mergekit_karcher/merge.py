@@ -20,6 +20,10 @@ from mergekit_karcher.maths.mean import KarcherMean, mean_of_gram
 MAX_ITER = 100
 TOL = 1e-12
 
+# Above this angle to the mean (radians), rounding errors of a Gram matrix are amplified more than
+# 35 times, and float32 inputs get an exact one. N orthogonal inputs are there from N = 35 on.
+_WIDE_ANGLE = 1.4
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -141,8 +145,8 @@ def _not_finite(tensor: torch.Tensor, label: str, name: str) -> KarcherError:
     index = int(bad[0])
     place = [int(i) for i in np.unravel_index(index, tensor.shape)]
     return KarcherError(
-        f"{name} of {label} has {len(bad)} values that are not finite, the first {flat[index]} at "
-        f"{place}: repair or leave out that model, or give it a weight of 0."
+        f"{name} of {label} is not finite in {len(bad)} of {len(flat)} places, first {flat[index]} "
+        f"at {place}: repair or leave out that model, or give it a weight of 0."
     )
 
 
@@ -160,11 +164,19 @@ class _Merge(torch.autograd.Function):
         dtype: torch.dtype,
         *tensors: torch.Tensor,
     ) -> tuple[torch.Tensor, KarcherMean]:
-        matrix, exponents = gram(tensors)
-        for index in np.flatnonzero(~np.isfinite(np.diagonal(matrix))):
-            raise _not_finite(tensors[index], labels[index], name)
         values = np.array(weights, dtype=np.float64)
-        mean = mean_of_gram(matrix, values, exponents, max_iter=max_iter, tol=tol)
+        dtypes = {tensor.dtype for tensor in tensors}
+
+        def solved(*, exact: bool) -> KarcherMean:
+            matrix, exponents = gram(tensors, exact=exact)
+            for index in np.flatnonzero(~np.isfinite(np.diagonal(matrix))):
+                raise _not_finite(tensors[index], labels[index], name)
+            return mean_of_gram(matrix, values, exponents, max_iter=max_iter, tol=tol)
+
+        mean = solved(exact=torch.float64 in dtypes)
+        wide = np.any(mean.angles > _WIDE_ANGLE)
+        if wide and torch.float32 in dtypes and torch.float64 not in dtypes:
+            mean = solved(exact=True)
         ctx.save_for_backward(*tensors)
         ctx.mean, ctx.weights = mean, values
         return combine(tensors, mean.coefficients.tolist(), dtype), mean

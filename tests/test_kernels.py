@@ -59,9 +59,10 @@ def test_gram_and_combine_equal_the_plain_formulas(layout, dtype):
     tensors = [(LAYOUTS[layout] + shift).to(dtype) for shift in (0, 0.25, -1.5)]
     tensors[0] = LAYOUTS[layout].to(dtype)  # the layout itself; sums above are contiguous
     before = [tensor.clone() for tensor in tensors]
-    matrix, exponents = gram(tensors)
-    matrix = np.ldexp(matrix, exponents[:, None] + exponents)
-    np.testing.assert_allclose(matrix, expected_gram(tensors), rtol=1e-15, atol=1e-15)
+    for exact in (False, True):
+        matrix, exponents = gram(tensors, exact=exact)
+        matrix = np.ldexp(matrix, exponents[:, None] + exponents)
+        np.testing.assert_allclose(matrix, expected_gram(tensors), rtol=1e-14, atol=1e-14)
 
     factors = [0.7, -1.3, 0.0]
     combined = combine(tensors, factors, dtype)

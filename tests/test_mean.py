@@ -323,7 +323,7 @@ BAD_CALLS = [
         [torch.ones(2), torch.tensor([1, torch.nan])],
         None,
         {},
-        r"input 1 has 1 val.*nan at \[1\]",
+        r"input 1 is .* 1 of 2 .*nan at \[1\]",
     ),
     ([torch.tensor([[1, -torch.inf]]), torch.ones(1, 2)], None, {}, r"input 0 .*-inf at \[0, 1\]"),
 ]

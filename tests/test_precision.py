@@ -37,7 +37,7 @@ def check_against_reference(vectors, weights, dtype):
         for v, e, s in zip(merged.double().tolist(), mean, scales, strict=True)
     ]
     assert max(ulps) <= ULPS[dtype]
-    np.testing.assert_allclose(result.angles, [float(a) for a in angles], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(result.angles, [float(a) for a in angles], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", ULPS, ids=str)

@@ -12,44 +12,46 @@ from numpy.typing import NDArray
 from mergekit_karcher.kernels.chunks import Piece, walk, working_device
 from mergekit_karcher.kernels.workers import in_stripes, worker_count
 
-# float64 elements of a buffer, which all N tensors share: it stays in a core's cache. Measured on
-# 2 cores, quiet and loaded, from 2^16 to 2^19.
-CHUNK_ELEMENTS = 1 << 18
+# float64 elements that a thread holds, of all N tensors together. Measured on 2 cores from 2^16
+# to 2^20: less pays for the calls, more falls out of the cache.
+CHUNK_ELEMENTS = 1 << 19
 
 # Elements that one matrix product sums; short sums round less.
 _SUM_ELEMENTS = 4096
 
 # Bits of the leading part of a float32 or float64 value, counted from the largest in its chunk.
-# 2 * 16 bits of a product and 20 of a sum over CHUNK_ELEMENTS fit the 53 of float64: sums of
-# products of leading parts are exact.
+# 2 * 16 bits of a product and 20 of a sum over a chunk fit the 53 of float64: sums of products of
+# leading parts are exact.
 _LEADING_BITS = 16
 
 # Powers of two beyond this one are not representable together with their inverse.
 _LARGEST_EXPONENT = 1000
 
 
-def gram(tensors: Sequence[torch.Tensor]) -> tuple[NDArray[np.longdouble], NDArray[np.int64]]:
+def gram(
+    tensors: Sequence[torch.Tensor], *, exact: bool = False
+) -> tuple[NDArray[np.longdouble], NDArray[np.int64]]:
     """Inner products of N >= 1 tensors of one shape and device, any floating dtypes and strides.
 
     Returns G (N, N) and exponents e (N,), on the host, with <W_i, W_j> = G_ij 2^(e_i + e_j).
-    G is good to float64's rounding of an exact sum or better, so that means of inputs near pi/2
-    keep their digits: near there an error of G is amplified by 1 / cos^2 of the angle. Products of
-    16-bit values leave float64 enough spare bits; wider ones are split into a leading part, whose
-    products sum exactly, and a small rest. float64 inputs are scaled by 2^-e, which keeps their
-    squares representable; e is 0 for others. A value that is not finite makes its tensor's
-    diagonal entry NaN or infinite.
-    Scratch: for each thread two buffers of CHUNK_ELEMENTS float64 values, whatever N and the size
-    are. One transfer to the host, at the end.
+    Products of float16, bfloat16 and float32 values are exact in float64, so only their sum rounds:
+    to a few units of float64 for float32, to less for 16-bit values, which leave spare bits. With
+    exact, wide values are split into a leading part, whose products sum exactly, and a small rest:
+    for two thirds more time G is then better than float64, for any inputs. float64 inputs are
+    scaled by 2^-e, which keeps their squares representable; e is 0 for others. A value that is not
+    finite makes its tensor's diagonal entry NaN or infinite.
+    Scratch: for each thread CHUNK_ELEMENTS float64 values, whatever N and the size are. One
+    transfer to the host, at the end.
     """
     count, size = len(tensors), tensors[0].numel()
     if size == 0:
         return np.zeros((count, count), np.longdouble), np.zeros(count, np.int64)
     device = working_device(tensors[0].device)
-    summed = min(_SUM_ELEMENTS, size, max(1, CHUNK_ELEMENTS // count))
-    chunk = max(CHUNK_ELEMENTS // (count * summed), 1) * summed
-    chunk = min(chunk, math.ceil(size / summed) * summed)
+    split = exact and any(tensor.dtype in (torch.float32, torch.float64) for tensor in tensors)
+    room = CHUNK_ELEMENTS // (count * (1 + split))
+    summed = min(_SUM_ELEMENTS, size, max(1, room))
+    chunk = min(max(1, room // summed), math.ceil(size / summed)) * summed
     views, pieces = walk(tensors, chunk)
-    split = any(view.dtype in (torch.float32, torch.float64) for view in views)
 
     exponents = torch.zeros(count, dtype=torch.float64, device=device)
     for row, view in enumerate(views):
