@@ -19,6 +19,9 @@ CHUNK_ELEMENTS = 1 << 19
 # Elements that one matrix product sums; short sums round less.
 _SUM_ELEMENTS = 4096
 
+# Columns of the Gram matrix that one matrix product makes. Measured for N = 3 to 32 on 2 cores.
+_STRIP = 4
+
 # Bits of the leading part of a float32 or float64 value, counted from the largest in its chunk.
 # 2 * 16 bits of a product and 20 of a sum over a chunk fit the 53 of float64: sums of products of
 # leading parts are exact.
@@ -83,23 +86,32 @@ def gram(
                 grid = torch.ldexp(torch.full_like(peak, 1.5), exponent)
                 torch.add(x, grid, out=h).sub_(grid)
                 x.sub_(h)
-            _add_exactly(high, low, _products(h, h, summed))
+            _add_exactly(high, low, _lower_products(h, h, summed))
             if split:
                 # x x' = h h' + half of (r (2h + r)' + its transpose), with r = x - h, now in x.
-                rest = _products(x, h.mul_(2).add_(x), summed)
-                low.add_(rest + rest.T, alpha=0.5)
+                h.mul_(2).add_(x)
+                low.add_(_lower_products(x, h, summed), alpha=0.5)
+                low.add_(_lower_products(h, x, summed), alpha=0.5)
 
     in_stripes(add_up, pieces, device, count * size)
     last = exponents.expand(1, 1, count, count)
     host = torch.cat([sums.view(-1, 1, count, count), last]).cpu().numpy()
-    return host[:-1, 0].astype(np.longdouble).sum(0), host[-1, 0, 0].astype(np.int64)
+    lower = np.tril(host[:-1, 0].astype(np.longdouble).sum(0))
+    return lower + np.tril(lower, -1).T, host[-1, 0, 0].astype(np.int64)
 
 
-def _products(left: torch.Tensor, right: torch.Tensor, summed: int) -> torch.Tensor:
-    """left right' of two (N, used) matrices, summed in blocks."""
+def _lower_products(left: torch.Tensor, right: torch.Tensor, summed: int) -> torch.Tensor:
+    """The lower triangle of left right' for two (N, used) matrices, summed in blocks.
+
+    In strips of columns, each from its diagonal down: less work, and what is above is not used.
+    """
     count = len(left)
-    blocks = [side.view(count, -1, summed).transpose(0, 1) for side in (left, right)]
-    return torch.bmm(blocks[0], blocks[1].mT).sum(0).view(count, count)
+    result = left.new_zeros(count, count)
+    rows, columns = (side.view(count, -1, summed).transpose(0, 1) for side in (left, right))
+    for start in range(0, count, _STRIP):
+        strip = columns[:, start : start + _STRIP].mT
+        torch.sum(torch.bmm(rows[:, start:], strip), 0, out=result[start:, start : start + _STRIP])
+    return result
 
 
 def _add_exactly(high: torch.Tensor, low: torch.Tensor, part: torch.Tensor) -> None:
