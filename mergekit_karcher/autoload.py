@@ -14,12 +14,18 @@ import threading
 import types
 import typing
 
+LOG = logging.getLogger(__name__)
+
 # What to call in mergekit_karcher.plugin once a module's own code has run.
 HOOKS = {
     "mergekit.merge_methods.karcher": "take_over_karcher",
     "mergekit.merge_methods.registry": "register_methods",
     "mergekit.plan": "look_at_plans",
     "mergekit.scripts.merge_raw_pytorch": "look_at_flat_plans",
+    # A module of the two above may be what imports torch, and so us: its loader is chosen already,
+    # and its hook has to wait until it is complete. These come later.
+    "mergekit.options": "look_again_at_commands",
+    "mergekit.merge": "look_again",
 }
 
 
@@ -31,7 +37,7 @@ def install() -> None:
         watch()
     except Exception:
         # An exception here would break `import torch` for every program.
-        _debug("could not be installed")
+        LOG.debug("mergekit-karcher could not be installed", exc_info=True)
 
 
 def watch() -> None:
@@ -44,21 +50,17 @@ def watch() -> None:
             _run_hook(module)
 
 
-def is_watching() -> bool:
-    """Whether this process has the finder."""
-    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
-
-
 def _run_hook(module: types.ModuleType) -> None:
     try:
         plugin = importlib.import_module("mergekit_karcher.plugin")
         getattr(plugin, HOOKS[module.__name__])(module)
-    except Exception:
-        _debug("could not take its place in " + module.__name__)
-
-
-def _debug(what: str) -> None:
-    logging.getLogger(__name__).debug("mergekit-karcher %s", what, exc_info=True)
+    except Exception as error:
+        LOG.warning(
+            "mergekit-karcher could not take its place in %s: %r; what that module does for it is "
+            "missing, such as the check of parameter names.",
+            module.__name__,
+            error,
+        )
 
 
 class _Finder(importlib.abc.MetaPathFinder):

@@ -68,17 +68,18 @@ def merge(
     """`karcher_mean` of inputs that have labels, which errors use along with the tensor's name."""
     check_stopping(max_iter, tol)
     check_weights(weights, labels, name)
-    _check_tensors(tensors, weights, labels, name)
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     taking_part = [index for index, weight in enumerate(weights) if weight > 0]
+    chosen = [tensors[index] for index in taking_part]
+    chosen_labels = [labels[index] for index in taking_part]
+    _check_tensors(chosen, chosen_labels, name)
     merged, mean = _Merge.apply(  # type: ignore[no-untyped-call]
         [weights[index] for index in taking_part],
         max_iter,
         tol,
-        [labels[index] for index in taking_part],
+        chosen_labels,
         name,
-        dtype,
-        *(tensors[index] for index in taking_part),
+        reduce(torch.promote_types, (tensor.dtype for tensor in chosen)),
+        *chosen,
     )
     if len(taking_part) < len(tensors):
         coefficients = np.zeros(len(tensors))
@@ -91,7 +92,7 @@ def merge(
 
 def check_stopping(max_iter: int, tol: float) -> None:
     """Raise unless max_iter >= 1 and tol is finite and positive."""
-    if not max_iter >= 1:
+    if not (max_iter >= 1 and max_iter == int(max_iter)):
         raise KarcherError(f"max_iter is {max_iter}: give a whole number of 1 or more.")
     if not 0 < tol < math.inf:
         raise KarcherError(f"tol is {tol}: give a positive, finite angle in radians, such as 1e-9.")
@@ -116,9 +117,7 @@ def check_weights(weights: Sequence[float], labels: Sequence[str], name: str) ->
         )
 
 
-def _check_tensors(
-    tensors: Sequence[torch.Tensor], weights: Sequence[float], labels: Sequence[str], name: str
-) -> None:
+def _check_tensors(tensors: Sequence[torch.Tensor], labels: Sequence[str], name: str) -> None:
     if not tensors:
         raise KarcherError(f"There is no input for {name}: give at least one tensor.")
     for tensor, label in zip(tensors, labels, strict=True):

@@ -51,14 +51,20 @@ def watch_flat_planner(module: Any) -> None:
 
 
 def check_parameter_names(config: Any, method: Any) -> None:
-    """Raise if a config of our method has a parameter that it does not know.
+    """Raise if a config of our method has a parameter that it does not know, or not there.
 
     mergekit ignores those, so that a misspelt weight would be a weight of one.
     """
     if config.merge_method not in NAMES:
         return
     known = [parameter.name for parameter in method.spec.parameters]
-    for place, name in _parameter_names(config, "the config"):
+    of_a_model = [parameter.name for parameter in method.spec.input_parameters]
+    for place, model, name in _parameter_names(config, "the config"):
+        if model and name in known and name not in of_a_model:
+            raise KarcherError(
+                f"{name} stands under {place}, where mergekit does not read it: it belongs to the "
+                "whole merge, under the parameters of the config or of a slice."
+            )
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}."
@@ -67,9 +73,10 @@ def check_parameter_names(config: Any, method: Any) -> None:
             )
 
 
-def _parameter_names(part: Any, place: str) -> Iterator[tuple[str, str]]:
+def _parameter_names(part: Any, place: str) -> Iterator[tuple[str, bool, str]]:
+    """Where a parameter stands, whether that is a model, and its name."""
     for name in getattr(part, "parameters", None) or {}:
-        yield place, name
+        yield place, hasattr(part, "model"), name
     for field in _NESTED:
         children = getattr(part, field, None) or ()
         named = children.items() if isinstance(children, dict) else enumerate(children)

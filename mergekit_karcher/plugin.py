@@ -6,6 +6,7 @@ would meet mergekit half-imported.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import logging
@@ -32,9 +33,15 @@ def register() -> None:
     of it. Idempotent. Raises `KarcherError` if the installed mergekit does not fit.
     """
     autoload.watch()
-    importlib.import_module("mergekit.merge_methods.registry")
-    if isinstance(_method("karcher"), _Refusal):
-        _method("karcher").refuse()
+    registry = importlib.import_module("mergekit.merge_methods.registry")
+    method = registry.get("karcher")
+    if isinstance(method, _Refusal):
+        method.refuse()
+    if method is not _method("karcher"):
+        raise KarcherError(
+            "karcher is still mergekit's own: import mergekit_karcher before another plugin that "
+            "replaces it, and register it again."
+        )
 
 
 def take_over_karcher(module: Any) -> None:
@@ -75,6 +82,25 @@ def look_at_flat_plans(module: ModuleType) -> None:
         watch_flat_planner(module)
 
 
+def look_again_at_commands(module: Any) -> None:
+    """Have each of mergekit's commands look again once its options are read."""
+    apply = module.MergeOptions.apply_global_options
+    if hasattr(apply, "__wrapped__"):
+        return
+
+    @functools.wraps(apply)
+    def apply_global_options(self: Any) -> Any:
+        autoload.watch()
+        return apply(self)
+
+    module.MergeOptions.apply_global_options = apply_global_options
+
+
+def look_again(_module: ModuleType) -> None:
+    """Run the hooks of modules that were incomplete before."""
+    autoload.watch()
+
+
 def _method(name: str) -> Any:
     if name not in _methods:
         _methods[name] = _build(name)
@@ -82,7 +108,10 @@ def _method(name: str) -> Any:
 
 
 def _build(name: str) -> Any:
-    version = importlib.metadata.version("mergekit")
+    try:
+        version = importlib.metadata.version("mergekit")
+    except importlib.metadata.PackageNotFoundError:
+        version = "of unknown version"
     numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
     reason = "it was written for mergekit >= 0.1.5, < 0.2"
     if OLDEST_MERGEKIT <= numbers < FIRST_UNTESTED_MERGEKIT:

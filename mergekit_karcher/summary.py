@@ -20,7 +20,7 @@ class Stage:
 
     def __init__(self, title: str) -> None:
         self.title = title
-        # For each output tensor, the models that were planned to take part, and what they call it.
+        # For each output tensor still to come, the models that take part, and what they call it.
         self.inputs: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
         self._merged = 0
@@ -34,6 +34,9 @@ class Stage:
 
     def record(self, name: str, mean: KarcherMean) -> None:
         with self._lock:
+            inputs = self.inputs.pop(name, None)
+            if inputs is None:  # of another merge, not of this plan
+                return
             self._merged += 1
             if not np.isnan(mean.angles).all():
                 self._largest_angle = max(self._largest_angle, float(np.nanmax(mean.angles)))
@@ -41,7 +44,7 @@ class Stage:
                 self._flagged["fell back to the linear mean"].append(name)
             elif not mean.unique:
                 self._flagged["not certified unique"].append(name)
-            if len(mean.coefficients) < len(self.inputs.get(name, ())):
+            if len(mean.coefficients) < len(inputs):
                 self._incomplete.append(name)
             if mean.status is Status.NOT_CONVERGED:
                 self._flagged["not converged"].append(name)

@@ -76,4 +76,4 @@ def test_example(path, merge, tmp_path):
     outcome = merge(config, *options, command=COMMANDS.get(path.stem, "mergekit-yaml"))
     assert outcome.weights
     assert "tensors merged" in outcome.output
-    assert "0 fell back to the linear mean, 0 not converged" in outcome.output
+    assert ", 0 fell back to the linear mean, 0 not converged." in outcome.output

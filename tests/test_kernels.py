@@ -130,11 +130,19 @@ def test_float64_sums_leave_devices_that_have_none():
     assert working_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
-def peak_scratch(tensors):
-    """The most bytes that karcher_mean held at once, by the profiler; its result included."""
-    karcher_mean(tensors)  # the threads start
-    with torch.profiler.profile(profile_memory=True) as profile:
-        mean, _ = karcher_mean(tensors)
+def peak_scratch(tensors, threads):
+    """The most bytes that karcher_mean held at once beside its result, by the profiler.
+
+    It sees the calling thread: with one thread everything, with more their buffers.
+    """
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        karcher_mean(tensors)  # the threads start
+        with torch.profiler.profile(profile_memory=True) as profile:
+            mean, _ = karcher_mean(tensors)
+    finally:
+        torch.set_num_threads(before)
     live = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -147,8 +155,9 @@ def peak_scratch(tensors):
 KINDS = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", [*KINDS, "mixed", "strided"])
-def test_scratch_does_not_grow_with_the_number_or_size_of_inputs(kind):
+def test_scratch_does_not_grow_with_the_number_or_size_of_inputs(kind, threads):
     """One output and at most 64 MB beside the inputs, for 2 and 17 of them; here much less."""
 
     def inputs(count, rows):
@@ -158,7 +167,7 @@ def test_scratch_does_not_grow_with_the_number_or_size_of_inputs(kind):
             yield tensor.T if kind == "strided" and index == 0 else tensor
 
     shape = 1024 if kind == "strided" else 2048
-    few, many = (peak_scratch(list(inputs(count, shape))) for count in (2, 17))
+    few, many = (peak_scratch(list(inputs(count, shape)), threads) for count in (2, 17))
     assert max(few, many) < 24 * 2**20
     assert abs(few - many) < 2**22
 
@@ -218,9 +227,10 @@ def _mean_in_child(tensors, queue):
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_child_process_merges_too(method):
-    """A fork copies the pool of threads without its threads."""
-    tensors = [draw(64, 64, seed=seed) for seed in range(2)]
+@pytest.mark.parametrize("side", [64, 512])
+def test_a_child_process_merges_too(method, side):
+    """A fork copies the pool of threads without its threads, and OpenMP's likewise."""
+    tensors = [draw(side, side, seed=seed) for seed in range(2)]
     expected = karcher_mean(tensors)[0].tolist()
     context = multiprocessing.get_context(method)
     queue = context.Queue()

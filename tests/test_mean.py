@@ -147,6 +147,14 @@ def test_weight_zero_leaves_an_input_out_entirely():
     assert np.isnan(result.angles[1])
 
 
+def test_an_input_of_weight_zero_may_be_anything():
+    tensor = torch.ones(3, dtype=torch.bfloat16)
+    others = [torch.ones(3, dtype=torch.float64), torch.ones(5), torch.ones(3).long()]
+    mean, result = karcher_mean([tensor, *others], [1, 0, 0, 0])
+    assert mean.dtype == torch.bfloat16
+    assert result.coefficients.tolist() == [1, 0, 0, 0]
+
+
 def test_one_input_comes_back_bit_for_bit():
     tensor = torch.tensor([[1.5, -0.0, 3e-42], [float(np.float32(1) / 3), 0.0, 2.0]])
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -316,6 +324,7 @@ BAD_CALLS = [
     ([torch.ones(2)], None, {"tol": 0.0}, "tol is 0.0: give a positive"),
     ([torch.ones(2)], None, {"tol": torch.nan}, "tol is nan"),
     ([torch.ones(2)], None, {"max_iter": 0}, "max_iter is 0: give a whole number"),
+    ([torch.ones(2)], None, {"max_iter": 2.5}, "max_iter is 2.5: give a whole number"),
     ([torch.ones(2), torch.ones(3)], None, {}, r"input 1 has shape \(3,\), but input 0"),
     ([torch.ones(2), torch.ones(2).long()], None, {}, "input 1 is torch.int64.*convert it"),
     ([torch.ones(2), torch.ones(2, device="meta")], None, {}, "input 1 is on meta"),

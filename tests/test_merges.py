@@ -66,7 +66,7 @@ def test_the_summary_and_the_card_say_what_ran(three_models, merge):
     last = outcome.output.splitlines()[-1]
     assert last.startswith(f"karcher merged: {len(outcome.weights)} tensors merged, largest angle")
     for what in ("not certified unique", "fell back to the linear mean", "not converged"):
-        assert f"0 {what}" in last
+        assert f", 0 {what}" in last
     angle = float(last.split("the mean ")[1].split(" degrees")[0])
     flat = {
         n: [weights_of(m)[n].double().numpy().ravel() for m in three_models]
@@ -164,7 +164,7 @@ PUBLISHED = [
 def test_published_configurations_run_as_they_stand(three_models, merge, settings):
     """YAML 1.1 reads 1e-5 as a string."""
     outcome = merge(config_for(three_models, **settings))
-    assert "0 not converged" in outcome.output
+    assert ", 0 not converged." in outcome.output
     assert_merged(outcome, three_models, [1, 1, 1])
 
 
@@ -373,6 +373,7 @@ BAD_SETTINGS = [
     ({}, {"tol": -1e-9}, ["tol is -1e-09", "positive"]),
     ({}, {"max_iter": 0}, ["max_iter is 0", "1 or more"]),
     ({}, {"max_iter": "many"}, ["max_iter is 'many'"]),
+    ({"max_iter": 5}, {}, ["max_iter stands under {model}", "belongs to the whole merge"]),
     ({}, {"max_iters": 5}, ["Unknown parameter max_iters", "did you mean max_iter?"]),
     ({}, {"lambda": 5}, ["Unknown parameter lambda", "it knows weight, max_iter, tol"]),
     ({}, {"weight": 0}, ["All weights", "zero", "embed_tokens", "positive weight"]),

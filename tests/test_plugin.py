@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
 
 import mergekit_karcher
 
@@ -146,6 +149,63 @@ print("mergekit" in sys.modules)
 def test_the_import_test_can_fail():
     """The check above sees an import when there is one."""
     code = "import sys, torch, mergekit_karcher; print('torch' in sys.modules)"
+    assert run(code) == "True"
+
+
+COMMAND = """
+import sys
+from importlib.metadata import entry_points
+(script,) = entry_points(group="console_scripts", name={name!r})
+sys.argv = [{name!r}, {config!r}, {out!r}, *{options!r}]
+sys.exit(script.load()())
+"""
+
+
+@pytest.mark.parametrize("name", ["mergekit-yaml", "mergekit-pytorch", "mergekit-multi"])
+def test_installed_commands_check_names_and_sum_up(name, three_models, tmp_path):
+    """As their console scripts do, one of which is what imports torch first."""
+    models = three_models
+    if name == "mergekit-pytorch":
+        models = [str(tmp_path / f"{index}.safetensors") for index in range(2)]
+        for path in models:
+            save_file({"w": torch.rand(3)}, path)
+    config = {"merge_method": "karcher", "models": [{"model": model} for model in models]}
+    options = ["--no-copy-tokenizer"]
+    if name == "mergekit-multi":
+        options += ["-I", str(tmp_path / "stages"), "--out-path"]
+    path, out = tmp_path / "c.yml", tmp_path / "out"
+
+    def outcome():
+        path.write_text(yaml.safe_dump(config))
+        arguments = {"config": str(path), "out": str(out), "options": options}
+        if name == "mergekit-multi":
+            arguments = {
+                "config": str(path),
+                "out": options[0],
+                "options": [*options[1:], str(out)],
+            }
+        code = COMMAND.format(name=name, **arguments)
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
+        )
+
+    good = outcome()
+    assert good.returncode == 0, good.stderr
+    assert "karcher out: " in good.stderr
+    config["parameters"] = {"weigth": 2}
+    bad = outcome()
+    if name != "mergekit-multi":  # which skips stages that are there
+        assert bad.returncode == 1
+        assert bad.stderr.splitlines()[-1] == (
+            "Error: Unknown parameter weigth of the config for karcher: did you mean weight?"
+        )
+
+
+def test_a_planner_imported_before_torch_is_watched_too():
+    code = """
+import mergekit.plan, mergekit.merge
+print(hasattr(mergekit.plan.MergePlanner.plan_to_disk, "__wrapped__"))
+"""
     assert run(code) == "True"
 
 

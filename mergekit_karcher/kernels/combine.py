@@ -19,11 +19,12 @@ _LARGEST_SINGLE = 2.0**60
 def combine(
     tensors: Sequence[torch.Tensor], coefficients: Sequence[float], dtype: torch.dtype
 ) -> torch.Tensor:
-    """sum_i coefficients_i W_i as a new contiguous tensor of that dtype, rounded once an element.
+    """sum_i coefficients_i W_i as a new contiguous tensor of that dtype.
 
     tensors: N >= 1 of one shape and device, any floating dtypes and strides; borrowed. Sums run in
-    float64, or in float32 where the result is float16 or bfloat16: either has at least 29 bits
-    less to round away than to spare. A coefficient of zero leaves its tensor out.
+    float64, or in float32 for float16 and bfloat16, which has 13 bits more than either: what the
+    final rounding leaves is at most half a unit of the result and a little. A coefficient of zero
+    leaves its tensor out.
     Scratch: CHUNK_ELEMENTS sums for each thread. No synchronisation with the device.
     """
     first = tensors[0]

@@ -40,7 +40,7 @@ def gram(
     Products of float16, bfloat16 and float32 values are exact in float64, so only their sum rounds:
     to a few units of float64 for float32, to less for 16-bit values, which leave spare bits. With
     exact, wide values are split into a leading part, whose products sum exactly, and a small rest:
-    for two thirds more time G is then better than float64, for any inputs. float64 inputs are
+    for about twice the time G is then better than float64, for any inputs. float64 inputs are
     scaled by 2^-e, which keeps their squares representable; e is 0 for others. A value that is not
     finite makes its tensor's diagonal entry NaN or infinite.
     Scratch: for each thread CHUNK_ELEMENTS float64 values, whatever N and the size are. One
@@ -59,7 +59,7 @@ def gram(
     exponents = torch.zeros(count, dtype=torch.float64, device=device)
     for row, view in enumerate(views):
         if view.dtype == torch.float64:
-            exponents[row] = _exponent(view, pieces)
+            exponents[row] = _exponent(view, pieces, device)
     scaled = any(view.dtype == torch.float64 for view in views)
     scales = torch.ldexp(torch.ones_like(exponents), -exponents)[:, None]
     workers = worker_count(device, len(pieces))
@@ -122,8 +122,13 @@ def _add_exactly(high: torch.Tensor, low: torch.Tensor, part: torch.Tensor) -> N
     high.copy_(total)
 
 
-def _exponent(view: torch.Tensor, pieces: Sequence[Piece]) -> torch.Tensor:
+def _exponent(view: torch.Tensor, pieces: Sequence[Piece], device: torch.device) -> torch.Tensor:
     """The power of two at or above the largest magnitude, as a scalar tensor; 0 if all are zero."""
-    peaks = [torch.maximum(piece.of(view).amax(), -piece.of(view).amin()) for piece in pieces]
+
+    def peak(_: int, pieces: Sequence[Piece]) -> torch.Tensor:
+        parts = [piece.of(view) for piece in pieces]
+        return torch.stack([torch.maximum(part.amax(), -part.amin()) for part in parts]).amax()
+
+    peaks = in_stripes(peak, pieces, device, view.numel())
     exponent = torch.frexp(torch.stack(peaks).amax()).exponent
     return exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)

@@ -1,1 +1,1 @@
-"""N x N computations in float64. No tensors, no files, no mergekit."""
+"""N x N computations in float64 or long double. No tensors, no files, no mergekit."""

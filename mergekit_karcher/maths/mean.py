@@ -41,8 +41,8 @@ class Status(enum.Enum):
     CONVERGED = "converged"
     NOT_CONVERGED = "did not converge within max_iter steps; raise max_iter"
     NOT_UNIQUE = (
-        "the inputs do not lie in one open hemisphere, so no unique mean exists; the weighted "
-        "linear mean, unrescaled, was returned; change the weights or leave an input out"
+        "the inputs do not lie in one open hemisphere, which a mean needs to be certainly unique; "
+        "the weighted linear mean, unrescaled, was returned; leave an input out to change that"
     )
     ZERO = "all inputs with a weight are zero, and so is their mean"
 
@@ -57,7 +57,7 @@ class KarcherMean:
         magnitude is meaningful.
     iterations: steps taken, over the start that won.
     residual: length in radians of the tangent step that remains at the result; NaN for a fall-back.
-    unique: whether the inputs were proven to have one mean, and this is it.
+    unique: whether the inputs were proven to have one mean, to which the steps lead from here.
     status: how it ended; `status.value` is a sentence that names the remedy.
     """
 
@@ -148,7 +148,7 @@ def mean_of_gram(
         angles,
         iterations,
         best.residual,
-        bool(best.alpha > 0 or best.within_right_angle),
+        bool(best.alpha > 0),
         Status.CONVERGED if converged else Status.NOT_CONVERGED,
     )
 
@@ -172,7 +172,10 @@ def in_open_hemisphere(unit: Floats) -> bool:
     root = np.sqrt(np.maximum(eigenvalues, 0))[:, None] * vectors.T
     count = len(unit)
     system = np.vstack([root, np.ones(count)])
-    _, residual = nnls(system, np.append(np.zeros(count), 1.0), maxiter=100 * count)
+    try:
+        _, residual = nnls(system, np.append(np.zeros(count), 1.0), maxiter=100 * count)
+    except RuntimeError:  # it gave up: nothing is proven
+        return False
     return bool(residual * residual > _gram_rounding(count))
 
 
