@@ -29,6 +29,10 @@ HOOKS = {
 }
 
 
+# The modules whose hook has been called, by name.
+_hooked: typing.Dict[str, types.ModuleType] = {}
+
+
 def install() -> None:
     """Watch for mergekit, unless MERGEKIT_KARCHER=0 asks for the built-in. Idempotent."""
     if os.environ.get("MERGEKIT_KARCHER") == "0":
@@ -46,11 +50,14 @@ def watch() -> None:
         sys.meta_path.insert(0, _Finder())
     for name in HOOKS:
         module = sys.modules.get(name)
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
+        if module is None or module is _hooked.get(name):
+            continue
+        if not getattr(module.__spec__, "_initializing", False):
             _run_hook(module)
 
 
 def _run_hook(module: types.ModuleType) -> None:
+    _hooked[module.__name__] = module
     try:
         plugin = importlib.import_module("mergekit_karcher.plugin")
         getattr(plugin, HOOKS[module.__name__])(module)

@@ -30,6 +30,7 @@ def run(code, **environment):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert "could not take its place" not in done.stderr
     return done.stdout.strip()
 
 
@@ -192,6 +193,7 @@ def test_installed_commands_check_names_and_sum_up(name, three_models, tmp_path)
     good = outcome()
     assert good.returncode == 0, good.stderr
     assert "karcher out: " in good.stderr
+    assert "could not take its place" not in good.stderr
     config["parameters"] = {"weigth": 2}
     bad = outcome()
     if name != "mergekit-multi":  # which skips stages that are there
