@@ -21,7 +21,8 @@ MAX_ITER = 100
 TOL = 1e-12
 
 # Above this angle to the mean (radians), rounding errors of a Gram matrix are amplified more than
-# 35 times, and float32 inputs on the CPU get an exact one after all. N orthogonal inputs are there from N = 35 on.
+# 35 times, and float32 inputs on the CPU get an exact one after all. N orthogonal inputs are there
+# from N = 35 on.
 _WIDE_ANGLE = 1.4
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
