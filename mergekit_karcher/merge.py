@@ -92,8 +92,8 @@ def merge(
 
 
 def check_stopping(max_iter: int, tol: float) -> None:
-    """Raise unless max_iter >= 1 and tol is finite and positive."""
-    if not (max_iter >= 1 and max_iter == int(max_iter)):
+    """Raise unless max_iter is a whole number >= 1 and tol is finite and positive."""
+    if not (max_iter >= 1 and max_iter % 1 == 0):
         raise KarcherError(f"max_iter is {max_iter}: give a whole number of 1 or more.")
     if not 0 < tol < math.inf:
         raise KarcherError(f"tol is {tol}: give a positive, finite angle in radians, such as 1e-9.")

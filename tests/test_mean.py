@@ -324,6 +324,7 @@ BAD_CALLS = [
     ([torch.ones(2)], None, {"tol": 0.0}, "tol is 0.0: give a positive"),
     ([torch.ones(2)], None, {"tol": torch.nan}, "tol is nan"),
     ([torch.ones(2)], None, {"max_iter": 0}, "max_iter is 0: give a whole number"),
+    ([torch.ones(2)], None, {"max_iter": torch.inf}, "max_iter is inf: give a whole number"),
     ([torch.ones(2)], None, {"max_iter": 2.5}, "max_iter is 2.5: give a whole number"),
     ([torch.ones(2), torch.ones(3)], None, {}, r"input 1 has shape \(3,\), but input 0"),
     ([torch.ones(2), torch.ones(2).long()], None, {}, "input 1 is torch.int64.*convert it"),
