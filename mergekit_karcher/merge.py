@@ -1,21 +1,23 @@
-"""One group of tensors: Gram matrix, mean, combination."""
+"""Groups of tensors: Gram matrices, means, combinations."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels.combine import combine
-from mergekit_karcher.kernels.gram import gram
+from mergekit_karcher.kernels.gram import grams
+from mergekit_karcher.maths.geometry import Floats
 from mergekit_karcher.maths.gradient import pull_back
-from mergekit_karcher.maths.mean import KarcherMean, mean_of_gram
+from mergekit_karcher.maths.mean import KarcherMean, Magnitude, Means, gathered, means_of_grams
 
 MAX_ITER = 100
 TOL = 1e-12
@@ -25,70 +27,172 @@ TOL = 1e-12
 # from N = 35 on.
 _WIDE_ANGLE = 1.4
 
+# Gram matrix elements of the rows that are solved together: about 20 MB with all that is derived.
+_ROW_ELEMENTS = 1 << 16
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Settings(NamedTuple):
+    """How to merge; see `karcher_mean`."""
+
+    granularity: Literal["tensor", "row", "model"] = "tensor"
+    magnitude: Magnitude = Magnitude.ARITHMETIC
+    max_iter: int = MAX_ITER
+    tol: float = TOL
+
+
+class Group(NamedTuple):
+    """The inputs of one output tensor, N or fewer, and the base around which they are merged."""
+
+    name: str
+    tensors: Sequence[torch.Tensor]
+    labels: Sequence[str]
+    base: torch.Tensor | None = None
+
+
+class Products(NamedTuple):
+    """Inner products of the N inputs of a group: grams (R, N, N) and exponents (R, N) of two."""
+
+    grams: NDArray[np.longdouble]
+    exponents: NDArray[np.int64]
 
 
 def karcher_mean(
     tensors: Sequence[torch.Tensor],
     weights: Sequence[float] | None = None,
     *,
+    base: torch.Tensor | None = None,
+    granularity: Literal["tensor", "row"] = "tensor",
+    magnitude: Literal["arithmetic", "linear", "geometric"] = "arithmetic",
     max_iter: int = MAX_ITER,
     tol: float = TOL,
 ) -> tuple[torch.Tensor, KarcherMean]:
-    """The weighted Karcher mean of N tensors, each taken as one vector.
+    """The weighted Karcher mean of N tensors.
 
     Direction: the point of the unit sphere with the least weighted sum of squared angles to the
-    inputs (Ye 2025, equation 9). Length: the weighted mean of their norms (equation 6).
+    inputs (Ye 2025, equation 9).
 
-    tensors: N >= 1 of one shape and one device; float16, bfloat16, float32 or float64, mixed as
+    tensors: N >= 1 of one shape and device; float16, bfloat16, float32 or float64, mixed as
         you like, strided or not. Borrowed: never modified, and the result shares no memory.
     weights: N finite numbers >= 0, not all zero; default all equal. An input of weight zero is
         left out entirely.
+    base: the origin of the sphere, one more tensor of that kind: the mean is that of the
+        differences W_i - base, added to the base. Default: around zero.
+    granularity: "tensor" takes each tensor as one vector; "row" each index of its first axis by
+        itself, and tensors of fewer than two axes whole.
+    magnitude: the length, from w_i that sum to one: "arithmetic", sum_i w_i |W_i| (equation 6);
+        "linear", |sum_i w_i W_i|; "geometric", prod_i |W_i|^(w_i).
     max_iter: steps at most; a handful suffices. tol: radians, the longest tangent step that
         counts as converged.
 
     Returns the mean, of the promoted dtype and rounded once, and a `KarcherMean` that says how it
     was found. Gradients flow to every input that requires one. Scratch memory is bounded whatever
-    N and the size are. Raises `KarcherError` for anything it cannot merge.
+    N and the size are, but for N coefficients a row. Raises `KarcherError` for anything it cannot
+    merge.
     """
     tensors = list(tensors)
     values = [1.0] * len(tensors) if weights is None else [float(w) for w in weights]
     labels = [f"input {index}" for index in range(len(tensors))]
-    return merge(tensors, values, max_iter=max_iter, tol=tol, labels=labels, name="the tensor")
+    if granularity not in ("tensor", "row"):
+        raise KarcherError(f"granularity is {granularity!r}: give tensor or row.")
+    if magnitude not in [kind.value for kind in Magnitude]:
+        raise KarcherError(f"magnitude is {magnitude!r}: give arithmetic, linear or geometric.")
+    settings = Settings(granularity, Magnitude(magnitude), max_iter, tol)
+    (merged,), mean = merge([Group("the tensor", tensors, labels, base)], values, settings)
+    return merged, mean
 
 
 def merge(
-    tensors: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    *,
-    max_iter: int,
-    tol: float,
-    labels: Sequence[str],
-    name: str,
-) -> tuple[torch.Tensor, KarcherMean]:
-    """`karcher_mean` of inputs that have labels, which errors use along with the tensor's name."""
-    check_stopping(max_iter, tol)
-    check_weights(weights, labels, name)
-    taking_part = [index for index, weight in enumerate(weights) if weight > 0]
-    chosen = [tensors[index] for index in taking_part]
-    chosen_labels = [labels[index] for index in taking_part]
-    _check_tensors(chosen, chosen_labels, name)
-    merged, mean = _Merge.apply(  # type: ignore[no-untyped-call]
-        [weights[index] for index in taking_part],
-        max_iter,
-        tol,
-        chosen_labels,
-        name,
-        reduce(torch.promote_types, (tensor.dtype for tensor in chosen)),
-        *chosen,
+    groups: Sequence[Group], weights: Sequence[float], settings: Settings
+) -> tuple[list[torch.Tensor], KarcherMean]:
+    """One output for each group, N inputs of the same weights in each.
+
+    With granularity model the groups are the parts of N vectors, each tensor of which counts once,
+    as many groups as it may be in; otherwise there is one group.
+    """
+    check_stopping(settings.max_iter, settings.tol)
+    for group in groups:
+        check_weights(weights, group.labels, group.name)
+    chosen = positive(weights)
+    taking_part = [taking(group, chosen) for group in groups]
+    job = _Job(taking_part, np.array([weights[index] for index in chosen]), settings)
+    *merged, mean = _Merge.apply(job, *job.tensors())  # type: ignore[no-untyped-call]
+    return merged, expanded(mean, chosen, len(weights))
+
+
+def positive(weights: Sequence[float]) -> list[int]:
+    """The inputs that have a weight."""
+    return [index for index, weight in enumerate(weights) if weight > 0]
+
+
+def taking(group: Group, chosen: Sequence[int]) -> Group:
+    """The group of some of its inputs; raises unless they can be merged."""
+    some = group._replace(
+        tensors=[group.tensors[index] for index in chosen],
+        labels=[group.labels[index] for index in chosen],
     )
-    if len(taking_part) < len(tensors):
-        coefficients = np.zeros(len(tensors))
-        angles = np.full(len(tensors), np.nan)
-        coefficients[taking_part] = mean.coefficients
-        angles[taking_part] = mean.angles
-        mean = replace(mean, coefficients=coefficients, angles=angles)
-    return merged, mean
+    _check_tensors(some)
+    return some
+
+
+def expanded(mean: KarcherMean, chosen: Sequence[int], count: int) -> KarcherMean:
+    """The mean of count inputs of which only the chosen have a weight."""
+    if len(chosen) == count:
+        return mean
+    coefficients = np.zeros((*mean.coefficients.shape[:-1], count))
+    angles = np.full(count, np.nan)
+    coefficients[..., chosen] = mean.coefficients
+    angles[chosen] = mean.angles
+    return replace(mean, coefficients=coefficients, angles=angles)
+
+
+def products_of(group: Group, *, by_row: bool = False, exact: bool = False) -> Products:
+    """The inner products of the inputs of a group, or of their differences from its base."""
+    found = Products(*grams(group.tensors, base=group.base, by_row=by_row, exact=exact))
+    finite = np.isfinite(np.diagonal(found.grams, axis1=1, axis2=2)).all(0)
+    for index in np.flatnonzero(~finite).tolist():
+        for tensor, label in ((group.tensors[index], group.labels[index]), (group.base, "base")):
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise _not_finite(tensor, label, group.name)
+        raise KarcherError(
+            f"The difference of {group.name} of {group.labels[index]} from the base is not finite: "
+            "repair or leave out that model, or give it a weight of 0."
+        )
+    return found
+
+
+def total(parts: Sequence[Products]) -> Products:
+    """The inner products of vectors that consist of those parts."""
+    exponents = np.max([part.exponents for part in parts], axis=0)
+    summed = np.zeros(parts[0].grams.shape, np.longdouble)
+    for part in parts:
+        shift = part.exponents - exponents
+        summed += np.ldexp(part.grams, shift[:, :, None] + shift[:, None, :])
+    return Products(summed, exponents)
+
+
+def mean_of_products(
+    products: Products, weights: Sequence[float] | Floats, settings: Settings
+) -> KarcherMean:
+    """The mean of N vectors, all of them with a weight, from their inner products."""
+    return gathered([_solved(products, np.asarray(weights, dtype=np.float64), settings)])
+
+
+def combined(group: Group, coefficients: Floats) -> torch.Tensor:
+    """The output of a group, of the promoted dtype, from the coefficients of its mean."""
+    dtypes = [tensor.dtype for tensor in (*group.tensors, group.base) if tensor is not None]
+    # The mean of one is that one; the base would only round it.
+    base = None if len(group.tensors) == 1 and bool((coefficients == 1).all()) else group.base
+    return combine(group.tensors, coefficients, reduce(torch.promote_types, dtypes), base=base)
+
+
+def needs_exact(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether their Gram matrix must be exact at once.
+
+    On an accelerator a second look, at wide angles, would be a second synchronisation.
+    """
+    return tensors[0].device.type != "cpu" or any(t.dtype == torch.float64 for t in tensors)
 
 
 def check_stopping(max_iter: int, tol: float) -> None:
@@ -118,9 +222,13 @@ def check_weights(weights: Sequence[float], labels: Sequence[str], name: str) ->
         )
 
 
-def _check_tensors(tensors: Sequence[torch.Tensor], labels: Sequence[str], name: str) -> None:
+def _check_tensors(group: Group) -> None:
+    tensors, labels, name = list(group.tensors), list(group.labels), group.name
     if not tensors:
         raise KarcherError(f"There is no input for {name}: give at least one tensor.")
+    if group.base is not None:
+        tensors.append(group.base)
+        labels.append("the base")
     for tensor, label in zip(tensors, labels, strict=True):
         if tensor.dtype not in _DTYPES:
             raise KarcherError(
@@ -150,48 +258,142 @@ def _not_finite(tensor: torch.Tensor, label: str, name: str) -> KarcherError:
     )
 
 
+class _Job:
+    """What one call of `merge` works on, but for the tensors, which autograd hands in and keeps."""
+
+    def __init__(self, groups: Sequence[Group], weights: Floats, settings: Settings) -> None:
+        self.groups, self.weights, self.settings = list(groups), weights, settings
+        self.solved: list[Means] = []
+        self.counted = [*_counted(groups)]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those of all groups in a row, their bases last."""
+        bases = [group.base for group in self.groups if group.base is not None]
+        return [tensor for group in self.groups for tensor in group.tensors] + bases
+
+    def by_row(self, group: Group) -> bool:
+        """Whether each row of the group is a vector of its own."""
+        first = group.tensors[0]
+        return self.settings.granularity == "row" and first.ndim > 1 and first.numel() > 0
+
+    def blocks(self, group: Group) -> Iterator[tuple[slice, Group]]:
+        """Parts of a group that are solved at once: blocks of rows, or all of it."""
+        if not self.by_row(group):
+            yield slice(0, 1), group
+            return
+        rows = group.tensors[0].shape[0]
+        step = max(1, _ROW_ELEMENTS // (len(group.tensors) + 1) ** 2)
+        for start in range(0, rows, step):
+            here = slice(start, min(start + step, rows))
+            base = None if group.base is None else group.base[here]
+            yield here, group._replace(tensors=[t[here] for t in group.tensors], base=base)
+
+    def means(self) -> Iterator[Means]:
+        """The means, block after block."""
+        if self.settings.granularity == "model":
+            parts = [
+                products_of(group, exact=needs_exact(group.tensors))
+                for group, counts in zip(self.groups, self.counted, strict=True)
+                if counts
+            ]
+            yield _solved(total(parts), self.weights, self.settings)
+            return
+        (group,) = self.groups
+        exact = needs_exact(group.tensors)
+        for _, block in self.blocks(group):
+            products = products_of(block, by_row=self.by_row(group), exact=exact)
+            means = _solved(products, self.weights, self.settings)
+            single = any(tensor.dtype == torch.float32 for tensor in block.tensors)
+            if single and not exact and np.any(means.angles > _WIDE_ANGLE):
+                products = products_of(block, by_row=self.by_row(group), exact=True)
+                means = _solved(products, self.weights, self.settings)
+            # The largest of the rows is all that is told of them, and they are many.
+            yield replace(means, angles=np.fmax.reduce(means.angles, axis=0, keepdims=True))
+
+    def pulled_back(self, products: Products, block: int) -> Floats:
+        """What `pull_back` says of a block, for each input (R, N, N + 1) over the inputs and v."""
+        means = self.solved[block]
+        magnitude = self.settings.magnitude
+        ahead, among = pull_back(products.grams, self.weights, products.exponents, means, magnitude)
+        return np.concatenate([among, ahead[:, :, None]], axis=-1)
+
+
+def _counted(groups: Sequence[Group]) -> Iterator[bool]:
+    """Whether each group counts: tied weights, one memory in every input, do so once."""
+    seen = set()
+    for group in groups:
+        place = tuple((t.data_ptr(), t.shape, t.stride()) for t in group.tensors)
+        yield place not in seen or group.tensors[0].numel() == 0
+        seen.add(place)
+
+
+def _solved(products: Products, weights: Floats, settings: Settings) -> Means:
+    return means_of_grams(
+        products.grams,
+        weights,
+        products.exponents,
+        magnitude=settings.magnitude,
+        max_iter=settings.max_iter,
+        tol=settings.tol,
+    )
+
+
 class _Merge(torch.autograd.Function):
-    """The three passes, with a backward pass that streams as they do."""
+    """The three passes, with a backward pass in the same three."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weights: list[float],
-        max_iter: int,
-        tol: float,
-        labels: list[str],
-        name: str,
-        dtype: torch.dtype,
-        *tensors: torch.Tensor,
-    ) -> tuple[torch.Tensor, KarcherMean]:
-        values = np.array(weights, dtype=np.float64)
-        dtypes = {tensor.dtype for tensor in tensors}
-
-        def solved(*, exact: bool) -> KarcherMean:
-            matrix, exponents = gram(tensors, exact=exact)
-            for index in np.flatnonzero(~np.isfinite(np.diagonal(matrix))):
-                raise _not_finite(tensors[index], labels[index], name)
-            return mean_of_gram(matrix, values, exponents, max_iter=max_iter, tol=tol)
-
-        # On an accelerator a second look would be a second synchronisation.
-        exact = torch.float64 in dtypes or tensors[0].device.type != "cpu"
-        mean = solved(exact=exact)
-        if torch.float32 in dtypes and not exact and np.any(mean.angles > _WIDE_ANGLE):
-            mean = solved(exact=True)
+    def forward(ctx: Any, job: _Job, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        # Kept for the check that nobody changed them before the backward pass.
         ctx.save_for_backward(*tensors)
-        ctx.mean, ctx.weights = mean, values
-        return combine(tensors, mean.coefficients.tolist(), dtype), mean
+        ctx.job = job
+        job.solved = [*job.means()]
+        (first, *_) = job.groups
+        mean = gathered(job.solved, by_row=job.by_row(first))
+        outputs = [combined(group, mean.coefficients) for group in job.groups]
+        return (*outputs, mean)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor, _mean: None) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
-        matrix, exponents = gram([*tensors, upstream])
-        ahead, among = pull_back(matrix, ctx.weights, exponents, ctx.mean)
-        gradients = [
-            combine([upstream, *tensors], [ahead[index], *among[index]], tensor.dtype)
-            if ctx.needs_input_grad[6 + index]
-            else None
-            for index, tensor in enumerate(tensors)
+    def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
+        job = ctx.job
+        assert ctx.saved_tensors
+        groups = [
+            _differences(group, gradient)
+            for group, gradient in zip(job.groups, upstream[:-1], strict=True)
         ]
-        return (None, None, None, None, None, None, *gradients)
+        if job.settings.granularity == "model":
+            counted = zip(groups, job.counted, strict=True)
+            found = [job.pulled_back(total([products_of(g) for g, counts in counted if counts]), 0)]
+        else:
+            found = [
+                job.pulled_back(products_of(block, by_row=job.by_row(groups[0])), index)
+                for index, (_, block) in enumerate(job.blocks(groups[0]))
+            ]
+        among = np.concatenate(found)
+        needed = iter(ctx.needs_input_grad[1:])
+        gradients = [
+            combine(group.tensors, among[:, index] if by_row else among[0, index], tensor.dtype)
+            if next(needed)
+            else None
+            for group, own in zip(groups, job.groups, strict=True)
+            for by_row in [job.by_row(own)]
+            for index, tensor in enumerate(own.tensors)
+        ]
+        for group, own in zip(groups, job.groups, strict=True):
+            if own.base is not None:
+                # What moves the base moves all differences the other way.
+                rest = -among.sum(1)
+                rest[:, -1] += 1
+                rest = rest if job.by_row(own) else rest[0]
+                wanted = next(needed)
+                gradients.append(combine(group.tensors, rest, own.base.dtype) if wanted else None)
+        return (None, *gradients)
+
+
+def _differences(group: Group, gradient: torch.Tensor) -> Group:
+    """The inputs as seen from the base, with the upstream gradient as one more."""
+    tensors = group.tensors
+    if group.base is not None:
+        tensors = [tensor.double() - group.base.double() for tensor in tensors]
+    labels = [*group.labels, "the upstream gradient"]
+    return Group(group.name, [*tensors, gradient], labels)

@@ -2,18 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import os
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.merge import MAX_ITER, TOL, check_stopping, merge
-from mergekit_karcher.summary import label, record
+from mergekit_karcher.maths.mean import KarcherMean, Magnitude
+from mergekit_karcher.merge import (
+    MAX_ITER,
+    TOL,
+    Group,
+    Products,
+    Settings,
+    check_stopping,
+    check_weights,
+    combined,
+    mean_of_products,
+    merge,
+    needs_exact,
+    positive,
+    products_of,
+    taking,
+    total,
+)
+from mergekit_karcher.summary import label, record, warn_of_16_bits
 
 # The second is a name that only we have: a config that uses it never falls back to the built-in.
 NAMES = ("karcher", "karcher_mean")
 
 # The one that mergekit gives for its own.
 REFERENCE_URL = "https://arxiv.org/abs/2603.04972"
+
+
+def settings_of(parameters: Mapping[str, Any]) -> Settings:
+    """Those of our shared parameters that say how to merge, as `merge` takes them."""
+    return Settings(
+        parameters["granularity"],
+        Magnitude(parameters["magnitude"]),
+        parameters["max_iter"],
+        parameters["tol"],
+    )
+
+
+def no_base(name: str) -> KarcherError:
+    """What a merge around a base that is not there says."""
+    return KarcherError(
+        f"origin: base needs the base model's {name}, which is not among the inputs: give a "
+        "base_model that has it (under slices, list it among the sources of every slice), or take "
+        "origin: zero."
+    )
 
 
 def build_method(name: str) -> Any:
@@ -31,6 +69,7 @@ def build_method(name: str) -> Any:
         PerInputValues,
         TensorGroup,
     )
+    from mergekit.merge_methods.dtype import align_dtype
     from pydantic import ValidationError, WrapValidator
 
     def parsed(parameter: str, kind: str) -> WrapValidator:
@@ -38,7 +77,10 @@ def build_method(name: str) -> Any:
             try:
                 result = parse(value)
             except ValidationError:
-                raise KarcherError(f"{parameter} is {value!r}: give {kind}.") from None
+                hint = ""
+                if isinstance(value, str) and os.sep in value:
+                    hint = " (mergekit-multi puts a path where the value is the name of a stage)"
+                raise KarcherError(f"{parameter} is {value!r}: give {kind}{hint}.") from None
             if parameter == "max_iter":
                 check_stopping(result, TOL)
             elif parameter == "tol":
@@ -47,8 +89,12 @@ def build_method(name: str) -> Any:
 
         return WrapValidator(validate)
 
+    def shared(parameter: str, kind: Any, words: str, default: Any) -> Any:
+        annotated = Annotated[kind, parsed(parameter, words)]
+        return ParameterSpec(parameter, annotated, ParameterScope.SHARED, default)
+
     class KarcherMerge(GroupMergeMethod):  # type: ignore[misc]
-        """The exact weighted Karcher mean of each tensor; see `mergekit_karcher.karcher_mean`."""
+        """The exact weighted Karcher mean; see `mergekit_karcher.karcher_mean`."""
 
         spec = MergeMethodSpec(
             name=name,
@@ -61,34 +107,117 @@ def build_method(name: str) -> Any:
                     ParameterScope.INPUT,
                     1.0,
                 ),
-                ParameterSpec(
-                    "max_iter",
-                    Annotated[int, parsed("max_iter", "a whole number of 1 or more")],
-                    ParameterScope.SHARED,
-                    MAX_ITER,
+                shared(
+                    "granularity",
+                    Literal["tensor", "row", "model"],
+                    "tensor, row or model",
+                    "tensor",
                 ),
-                ParameterSpec(
-                    "tol",
-                    Annotated[float, parsed("tol", "a positive number of radians")],
-                    ParameterScope.SHARED,
-                    TOL,
+                shared("origin", Literal["zero", "base"], "zero or base", "zero"),
+                shared(
+                    "magnitude",
+                    Literal["arithmetic", "linear", "geometric"],
+                    "arithmetic, linear or geometric",
+                    "arithmetic",
                 ),
+                shared("max_iter", int, "a whole number of 1 or more", MAX_ITER),
+                shared("tol", float, "a positive number of radians", TOL),
             ),
         )
 
         def merge_group(
-            self, group: TensorGroup, /, *, weight: PerInputValues, max_iter: int, tol: float
+            self,
+            group: TensorGroup,
+            /,
+            *,
+            weight: PerInputValues,
+            mean: KarcherMean | None = None,
+            **parameters: Any,
         ) -> torch.Tensor:
-            tensor_name = group.metadata.name or "the tensor"
-            merged, mean = merge(
-                group.tensors,
-                weight.values_for(group.entries),
-                max_iter=max_iter,
-                tol=tol,
-                labels=[label(tensor_name, str(entry.id)) for entry in group.entries],
-                name=tensor_name,
-            )
-            record(tensor_name, mean)
+            """One output tensor, with the mean that the whole model has if there is one."""
+            own, weights = self._inputs(group, weight, parameters["origin"])
+            if mean is None:
+                (merged,), mean = merge([own], weights, settings_of(parameters))
+            else:
+                merged = combined(taking(own, positive(weights)), mean.coefficients)
+            record(own.name, mean, len(own.tensors) + (own.base is not None))
             return merged
 
+        def products(
+            self, group: TensorGroup, /, *, weight: PerInputValues, **parameters: Any
+        ) -> Products:
+            """One tensor's part of the whole model's Gram matrix, of inputs that have a weight."""
+            own, weights = self._inputs(group, weight, parameters["origin"])
+            own = taking(own, positive(weights))
+            return products_of(own, exact=needs_exact(own.tensors))
+
+        def mean(
+            self, parts: Sequence[Products], weights: Sequence[float], **parameters: Any
+        ) -> KarcherMean:
+            """The whole model's mean, from its parts; weights are those that are not zero."""
+            return mean_of_products(total(parts), weights, settings_of(parameters))
+
+        def _inputs(
+            self, group: TensorGroup, weight: PerInputValues, origin: str
+        ) -> tuple[Group, list[float]]:
+            tensor_name = group.metadata.name or "the tensor"
+            around_base = origin == "base"
+            if around_base and group.base is None:
+                raise no_base(tensor_name)
+            entries = group.non_base if around_base else group.entries
+            tensors = [entry.tensor for entry in entries]
+            labels = [label(tensor_name, str(entry.id)) for entry in entries]
+            weights = weight.values_for(entries)
+            check_weights(weights, labels, tensor_name)
+            base = group.base.tensor if around_base else None
+            if base is not None:
+                warn_of_16_bits(tensor_name, {str(t.dtype) for t in (*tensors, base)})
+            return Group(tensor_name, tensors, labels, base), weights
+
+        def _execute(
+            self,
+            groups: Sequence[TensorGroup],
+            parameters: list[dict[str, Any]],
+            options: Any,
+            *,
+            input_dtypes: Sequence[torch.dtype | None],
+            out_dtype: torch.dtype | None = None,
+        ) -> tuple[torch.Tensor, ...]:
+            """As always; but without a mean from a plan, the groups here are the whole model."""
+            settings = [own["granularity"] for own in parameters]
+            if "model" not in settings or "mean" in parameters[0]:
+                results: tuple[torch.Tensor, ...] = super()._execute(
+                    groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
+                )
+                return results
+            check_uniform(parameters)
+            owns = [
+                self._inputs(align_dtype(group, dtype), own["weight"], own["origin"])
+                for group, dtype, own in zip(groups, input_dtypes, parameters, strict=True)
+            ]
+            weights = owns[0][1]
+            merged, mean = merge([own for own, _ in owns], weights, settings_of(parameters[0]))
+            for own, _ in owns:
+                record(own.name, mean, len(own.tensors) + (own.base is not None))
+            return tuple(merged if out_dtype is None else [t.to(dtype=out_dtype) for t in merged])
+
     return KarcherMerge()
+
+
+def check_uniform(parameters: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless all tensors of a merge of granularity model have the same parameters.
+
+    parameters: for each tensor, those of the method; `weight` is a mapping from inputs to numbers.
+    """
+    for name in parameters[0]:
+        values = [dict(v) if isinstance(v := own[name], Mapping) else v for own in parameters]
+        other = next((value for value in values if value != values[0]), None)
+        if other is not None:
+            if isinstance(other, dict):
+                shown = "different weights of a model, or different models, for different tensors"
+            else:
+                shown = f"both {name}: {values[0]} and {name}: {other}"
+            raise KarcherError(
+                f"granularity: model takes the whole model as one vector, but there are {shown}: "
+                f"give one {name} for the whole merge, or take granularity: tensor."
+            )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import difflib
 import functools
+import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.merge import check_weights
-from mergekit_karcher.method import NAMES
+from mergekit_karcher.method import NAMES, check_uniform, no_base
 from mergekit_karcher.summary import begin, label
+from mergekit_karcher.whole_model import found_by, loads_of, with_one_mean
+
+_LOG = logging.getLogger(__name__)
 
 # The fields of a config below which more parameters may stand.
 _NESTED = ("models", "slices", "sources", "modules")
@@ -86,18 +90,64 @@ def _parameter_names(part: Any, place: str) -> Iterator[tuple[str, bool, str]]:
 
 
 def _looked_at(tasks: Any, config: Any, out_path: str) -> Any:
-    """The plan itself, after its weights were checked and its summary was begun."""
+    """The plan, checked, its summary begun, and rebuilt where a mean needs all tensors."""
     if config.merge_method not in NAMES:
         return tasks
     stage = begin(os.path.basename(os.path.abspath(out_path)))
-    for task in _merge_tasks(tasks):
+    merges = [*_merge_tasks(tasks)]
+    for task in merges:
         name = task.output_weight.name
         inputs = {str(model): name for model in task.model_order}
         inputs |= {str(model): weight.name for model, weight in _weights_read(task)}
         stage.inputs[name] = inputs
-        weights = [task.input_parameters[model]["weight"] for model in task.model_order]
-        check_weights(weights, [label(name, model) for model in inputs], name)
+        around_base = task.parameters["origin"] == "base"
+        if around_base and task.base_model not in task.model_order:
+            raise no_base(name)
+        models = [m for m in task.model_order if not (around_base and m == task.base_model)]
+        weights = [task.input_parameters[model]["weight"] for model in models]
+        check_weights(weights, [label(name, str(model)) for model in models], name)
+        _check_presence(task, models)
+    first = next(iter(merges), None)
+    if first is not None and first.base_model in first.model_order:
+        _say_what_the_base_does(merges)
+    if any(task.parameters["granularity"] == "model" for task in merges):
+        check_uniform([{"weight": _weights(task), **task.parameters} for task in merges])
+        return with_one_mean(tasks, merges)
     return tasks
+
+
+def _weights(task: Any) -> dict[str, float]:
+    """The weights of a merge task, by model, but for that of a base that takes no part."""
+    out = task.base_model if task.parameters["origin"] == "base" else None
+    return {
+        str(model): task.input_parameters[model]["weight"]
+        for model in task.model_order
+        if model != out
+    }
+
+
+def _check_presence(task: Any, models: Sequence[Any]) -> None:
+    """Raise if an input lacks a tensor that this merge cannot do without."""
+    absent = {model for model, load in loads_of(task) if not found_by(load)}
+    name = task.output_weight.name
+    if task.parameters["origin"] == "base" and task.base_model in absent:
+        raise no_base(name)
+    for model in models if task.parameters["granularity"] == "model" else ():
+        if model in absent and task.input_parameters[model]["weight"] > 0:
+            raise KarcherError(
+                f"{name} is not in {model}, and granularity: model needs every tensor of every "
+                "model: leave that model out, give it the tensor, or take granularity: tensor, "
+                "which merges it from those that have it."
+            )
+
+
+def _say_what_the_base_does(merges: Iterable[Any]) -> None:
+    origins = {task.parameters["origin"] for task in merges}
+    if origins == {"zero"}:
+        _LOG.warning(
+            "The base_model takes part in the Karcher mean as one more model, with its weight; "
+            "origin: base would take the mean of the differences from it instead."
+        )
 
 
 def _weights_read(task: Any) -> Iterable[tuple[Any, Any]]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import click
 import numpy as np
 
 from mergekit_karcher.maths.mean import KarcherMean, Status
+
+_LOG = logging.getLogger(__name__)
 
 _NAMES_SHOWN = 5
 
@@ -32,7 +35,7 @@ class Stage:
         }
         self._incomplete: list[str] = []
 
-    def record(self, name: str, mean: KarcherMean) -> None:
+    def record(self, name: str, mean: KarcherMean, present: int) -> None:
         with self._lock:
             inputs = self.inputs.pop(name, None)
             if inputs is None:  # of another merge, not of this plan
@@ -44,7 +47,7 @@ class Stage:
                 self._flagged["fell back to the linear mean"].append(name)
             elif not mean.unique:
                 self._flagged["not certified unique"].append(name)
-            if len(mean.coefficients) < len(inputs):
+            if present < len(inputs):
                 self._incomplete.append(name)
             if mean.status is Status.NOT_CONVERGED:
                 self._flagged["not converged"].append(name)
@@ -73,6 +76,8 @@ def _listed(names: Sequence[str]) -> str:
 
 
 _current: Stage | None = None
+# The merge that was warned last; this value is of none.
+_warned_of: object = _LOG
 
 
 def begin(title: str) -> Stage:
@@ -100,10 +105,26 @@ def label(name: str, model: str) -> str:
     return model if own == name else f"{model} (there {own})"
 
 
-def record(name: str, mean: KarcherMean) -> None:
-    """Count one merged tensor, if a planned merge is under way."""
+def record(name: str, mean: KarcherMean, present: int) -> None:
+    """Count one merged tensor that so many models had, if a planned merge is under way."""
     if _current is not None:
-        _current.record(name, mean)
+        _current.record(name, mean, present)
+
+
+def warn_of_16_bits(name: str, dtypes: Iterable[str]) -> None:
+    """Say once a merge that differences of what arrives in 16 bits are mostly rounding."""
+    global _warned_of
+    narrow = sorted(dtype for dtype in dtypes if dtype in ("torch.float16", "torch.bfloat16"))
+    if not narrow or _warned_of is _current:
+        return
+    _warned_of = _current
+    _LOG.warning(
+        "origin: base takes differences of tensors that arrive as %s (%s is the first): those of "
+        "close fine-tunes are then mostly rounding. If the files hold more, use dtype: float32 "
+        "with out_dtype: bfloat16.",
+        narrow[0].removeprefix("torch."),
+        name,
+    )
 
 
 @contextmanager

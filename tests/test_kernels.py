@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mergekit_karcher import karcher_mean
 from mergekit_karcher.kernels.chunks import walk, working_device
 from mergekit_karcher.kernels.combine import combine
-from mergekit_karcher.kernels.gram import gram
+from mergekit_karcher.kernels.gram import grams
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -60,11 +60,11 @@ def test_gram_and_combine_equal_the_plain_formulas(layout, dtype):
     tensors[0] = LAYOUTS[layout].to(dtype)  # the layout itself; sums above are contiguous
     before = [tensor.clone() for tensor in tensors]
     for exact in (False, True):
-        matrix, exponents = gram(tensors, exact=exact)
+        (matrix,), (exponents,) = grams(tensors, exact=exact)
         matrix = np.ldexp(matrix, exponents[:, None] + exponents)
         np.testing.assert_allclose(matrix, expected_gram(tensors), rtol=1e-14, atol=1e-14)
 
-    factors = [0.7, -1.3, 0.0]
+    factors = np.array([0.7, -1.3, 0.0])
     combined = combine(tensors, factors, dtype)
     exact = 0.7 * tensors[0].double() - 1.3 * tensors[1].double()
     size = 0.7 * tensors[0].double().abs() + 1.3 * tensors[1].double().abs()

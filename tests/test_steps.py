@@ -12,9 +12,9 @@ from inputs import cap
 from mpmath import mp, mpf
 
 from mergekit_karcher import karcher_mean
-from mergekit_karcher.kernels.gram import gram
+from mergekit_karcher.kernels.gram import grams
 from mergekit_karcher.maths.geometry import angle_terms
-from mergekit_karcher.maths.mean import _Sphere
+from mergekit_karcher.maths.mean import _Spheres
 
 mp.dps = 50
 
@@ -56,14 +56,15 @@ def test_steps_go_down_and_never_beyond_a_radian():
         units = rng.standard_normal((int(rng.integers(2, 9)), size))
         units /= np.linalg.norm(units, axis=1)[:, None]
         weights = 10.0 ** rng.uniform(-3, 0, len(units))
-        sphere = _Sphere(units @ units.T, weights / weights.sum())
-        point = sphere.point(np.eye(len(units))[0])
+        gram = units @ units.T
+        sphere = _Spheres(2 - 2 * gram[None], (weights / weights.sum())[None])
+        point = sphere.points(np.eye(len(units))[:1])
         for _ in range(4):
             after = sphere._step(point)
-            cosine = point.coefficients @ sphere.unit @ after.coefficients
-            if point.alpha > 1e-3:
+            cosine = point.coefficients[0] @ gram @ after.coefficients[0]
+            if point.alpha[0] > 1e-3:
                 taken += 1
-                assert after.objective <= point.objective + 1e-9
+                assert after.objective[0] <= point.objective[0] + 1e-9
                 assert math.acos(min(1.0, max(-1.0, cosine))) <= 1 + 1e-6
             point = after
     assert taken > 1000
@@ -83,7 +84,7 @@ def test_gram_is_better_than_float64(dtype, monkeypatch):
     monkeypatch.setattr("mergekit_karcher.kernels.gram._SUM_ELEMENTS", 4)
     generator = torch.Generator().manual_seed(0)
     tensors = list(torch.randn(2, 9001, generator=generator, dtype=torch.float64).to(dtype))
-    matrix, exponents = gram(tensors, exact=True)
+    (matrix,), (exponents,) = grams(tensors, exact=True)
     rows = [[Fraction(v) for v in tensor.tolist()] for tensor in tensors]
     for i, j in ((0, 0), (0, 1), (1, 1)):
         exact = sum(a * b for a, b in zip(rows[i], rows[j], strict=True))

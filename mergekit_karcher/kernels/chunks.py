@@ -23,15 +23,23 @@ class Piece(NamedTuple):
         return view.narrow(0, self.start, self.length)
 
 
-def walk(tensors: Sequence[torch.Tensor], limit: int) -> tuple[list[torch.Tensor], list[Piece]]:
+def rows_of(piece: Piece) -> slice:
+    """Which indices of the first axis a piece has to do with, of views that kept that axis."""
+    start, length = (piece.leading[0], 1) if piece.leading else (piece.start, piece.length)
+    return slice(start, start + length)
+
+
+def walk(
+    tensors: Sequence[torch.Tensor], limit: int, *, by_row: bool = False
+) -> tuple[list[torch.Tensor], list[Piece]]:
     """Views of the tensors and the pieces, of at most limit elements, that cover them.
 
-    Contiguous tensors are walked flat; as soon as one is strided, all keep their shape, because
-    flattening that one would copy it.
+    Contiguous tensors are walked flat, or with by_row as matrices that keep the first axis; as soon
+    as one is strided, all keep their shape, because flattening that one would copy it.
     """
     views = [tensor.detach() for tensor in tensors]
     if all(view.is_contiguous() for view in views):
-        views = [view.view(-1) for view in views]
+        views = [view.flatten(1) if by_row else view.view(-1) for view in views]
     return views, list(_pieces(views[0].shape, limit, ()))
 
 

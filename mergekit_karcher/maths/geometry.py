@@ -52,3 +52,9 @@ def angle_terms(versine: Floats) -> AngleTerms:
         (1 - cotangent) / np.where(tiny, 1.0, safe_sine * safe_sine),
     )
     return AngleTerms(theta, stretch, cotangent, curvature)
+
+
+def times(matrices: Floats, vectors: Floats) -> Floats:
+    """The products of R matrices (R, M, N) with a vector each (R, N), as (R, M)."""
+    product: Floats = (matrices @ vectors[:, :, None])[:, :, 0]
+    return product

@@ -5,60 +5,89 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_karcher.maths.geometry import Floats, angle_terms
-from mergekit_karcher.maths.mean import KarcherMean, Status, normalised, unit_gram
+from mergekit_karcher.maths.geometry import Floats, angle_terms, times
+from mergekit_karcher.maths.mean import (
+    Magnitude,
+    Means,
+    Status,
+    magnitude_ratios,
+    normalised,
+    unit_grams,
+)
 
 
 def pull_back(
-    gram: Floats, weights: Floats, exponents: NDArray[np.int64], mean: KarcherMean
+    grams: Floats,
+    weights: Floats,
+    exponents: NDArray[np.int64],
+    means: Means,
+    magnitude: Magnitude,
 ) -> tuple[Floats, Floats]:
-    """Coefficients of the vector-Jacobian product of the mean.
+    """Coefficients of the vector-Jacobian products of R means.
 
-    gram: (N + 1, N + 1), inner products of W_1 .. W_N and the upstream gradient v, scaled by
-        exponents (N + 1,) as in `mean_of_gram`.
-    weights: (N,), as given there. mean: what it returned.
+    grams: (R, N + 1, N + 1), inner products of W_1 .. W_N and the upstream gradient v, scaled by
+        exponents (R, N + 1) as in `means_of_grams`.
+    weights: (N,), as given there. means: what it returned. magnitude: as given there.
 
-    Returns a (N,) and B (N, N) with dW_i = a_i v + sum_j B_ij W_j. Implicit differentiation of
-    tau = 0; with P the projection orthogonal to the mean direction x, u solves
-    (alpha I + L diag b) u = <P p_i, v>, and the magnitude adds <v, x> w_i p_i. An input without
+    Returns a (R, N) and B (R, N, N) with dW_i = a_i v + sum_j B_ij W_j. Implicit differentiation
+    of tau = 0; with P the projection orthogonal to the mean direction x, u solves
+    (alpha I + L diag b) u = <P p_i, v>, and the magnitude M adds <v, x> dM/dW_i. An input without
     direction or without weight has gradient zero, the fall-back that of the linear mean.
     """
     shares = normalised(weights)
     count = len(shares)
-    upstream = np.zeros(count)
-    among = np.zeros((count, count))
-    if mean.status is Status.NOT_UNIQUE:
-        return shares, among
-    directed = np.flatnonzero(np.diagonal(gram)[:count] > 0)
-    if directed.size == 0:
-        return upstream, among
+    grams = grams.astype(np.float64)
+    scaled_norms, unit = unit_grams(grams[:, :count, :count])
+    directed = scaled_norms > 0
+    norms = np.ldexp(np.where(directed, scaled_norms, 1), exponents[:, :count])
+    present = directed.any(-1, keepdims=True)
+    weight = normalised(np.where(directed | ~present, shares, 0))
+    upstream = grams[:, :count, count] / np.where(directed, scaled_norms, 1)
+    inner = np.ldexp(upstream, exponents[:, count:])  # <p_i, v>
 
-    gram = gram.astype(np.float64)
-    scaled_norms, unit = unit_gram(gram[np.ix_(directed, directed)])
-    norms = np.ldexp(scaled_norms, exponents[directed])
-    share = shares[directed]
-    magnitude = share @ norms
-    weight = normalised(share)
-    inner = np.ldexp(gram[directed, count] / scaled_norms, exponents[count])  # <p_i, v>
-
-    c = mean.coefficients[directed] * norms / magnitude
-    cosines = np.cos(mean.angles[directed])
+    per_norm = magnitude_ratios(magnitude, shares, np.where(directed, norms, 0), unit)
+    length = (per_norm * norms).max(-1, keepdims=True)  # M
+    usable = directed & (per_norm > 0)
+    c = np.where(usable, means.coefficients / np.where(usable, per_norm, 1), 0)
+    cosines = times(unit, c)
     terms = angle_terms(np.clip(1 - cosines, 0, 2))
-    alpha = weight @ terms.cotangent
+    alpha = (weight * terms.cotangent).sum(-1)[:, None]
     bend = weight * terms.curvature
-    products = unit - np.outer(cosines, cosines)
-    along = c @ inner
-    u = np.linalg.solve(alpha * np.eye(len(bend)) + products * bend, inner - along * cosines)
+    matrix = (unit - cosines[:, :, None] * cosines[:, None, :]) * bend[:, None, :]
+    diagonal = np.arange(count)
+    matrix[:, diagonal, diagonal] += alpha
+    along = (c * inner).sum(-1, keepdims=True)
+    # Fall-backs and zeros have no such equation.
+    matrix[[s in (Status.NOT_UNIQUE, Status.ZERO) for s in means.statuses]] = np.eye(count)
+    u = np.linalg.solve(matrix, (inner - along * cosines)[:, :, None])[:, :, 0]
 
     # z, the tangent vector that v becomes, as coefficients of v and of the unit inputs.
-    z_upstream = magnitude / alpha
-    z_among = z_upstream * ((bend * u) @ cosines * c - along * c - bend * u)
+    z_upstream = length / alpha
+    bent = bend * u
+    z_among = z_upstream * (((bent * cosines).sum(-1)[:, None] - along) * c - bent)
     stretch = weight * terms.stretch
-    direction = np.outer(stretch, z_among) - magnitude * np.outer(bend * u, c)
-    along_input = magnitude * u * (stretch - bend * cosines)
-    direction[np.diag_indices(len(directed))] -= along_input
+    among = stretch[:, :, None] * z_among[:, None, :] - length[:, :, None] * (
+        bent[:, :, None] * c[:, None, :]
+    )
+    among[:, diagonal, diagonal] -= length * u * (stretch - bend * cosines)
+    among += along[:, :, None] * _of_length(magnitude, shares, norms, unit, length)
+    both = directed[:, :, None] & directed[:, None, :]
+    among = np.where(both, among / norms[:, :, None] / norms[:, None, :], 0)
+    ahead = np.where(directed, stretch * z_upstream / norms, 0)
+    for row in np.flatnonzero([s is Status.NOT_UNIQUE for s in means.statuses]):
+        ahead[row], among[row] = shares, 0
+    return ahead, among
 
-    upstream[directed] = stretch * z_upstream / norms
-    per_input = direction / norms[:, None] + np.diag(along * share)
-    among[np.ix_(directed, directed)] = per_input / norms
-    return upstream, among
+
+def _of_length(
+    magnitude: Magnitude, shares: Floats, norms: Floats, unit: Floats, length: Floats
+) -> Floats:
+    """n_i dM/dW_i as coefficients (R, N, N) over the unit inputs."""
+    if magnitude is Magnitude.LINEAR:
+        parts = shares * norms
+        safe = np.where(length > 0, length, 1)[:, :, None]
+        return parts[:, :, None] * (parts[:, None, :] / safe)
+    diagonal = np.eye(len(shares))
+    scale = length * shares if magnitude is Magnitude.GEOMETRIC else norms * shares
+    along: Floats = scale[:, :, None] * diagonal
+    return along

@@ -9,20 +9,26 @@ one, D_ij = |p_i - p_j|^2 and an iterate x = sum_i c_i p_i of length one:
     tau   = w theta / sin(theta) - alpha c                    minus half the gradient of
                                                               sum_i w_i theta_i^2
 
-The mean is where tau, a tangent vector at x, vanishes.
+The mean is where tau, a tangent vector at x, vanishes. All of it runs on R spheres at once, which
+have nothing to do with each other but the weights: the first axis of every array.
 """
 
 from __future__ import annotations
 
 import enum
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
-from mergekit_karcher.maths.geometry import AngleTerms, Floats, angle_terms
+from mergekit_karcher.maths.geometry import AngleTerms, Floats, angle_terms, times
+from mergekit_karcher.maths.hemisphere import (
+    gram_rounding,
+    in_open_hemisphere,
+    linearly_independent,
+)
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -33,6 +39,9 @@ _LONGEST_STEP = 1.0  # radians
 
 # An angle counts as smaller than pi/2 if 1 - cos(angle) is smaller than one by this much.
 _RIGHT_ANGLE_MARGIN = 1e-9
+
+Bools = NDArray[np.bool_]
+Indices = NDArray[np.intp]
 
 
 class Status(enum.Enum):
@@ -47,18 +56,53 @@ class Status(enum.Enum):
     ZERO = "all inputs with a weight are zero, and so is their mean"
 
 
+# The worst one of many rows comes first.
+_WORST = (Status.NOT_UNIQUE, Status.NOT_CONVERGED, Status.CONVERGED, Status.ZERO)
+
+
+class Magnitude(enum.Enum):
+    """The length of the mean, from weights w_i that sum to one and the norms n_i = |W_i|."""
+
+    ARITHMETIC = "arithmetic"  # sum_i w_i n_i (paper, equation 6)
+    GEOMETRIC = "geometric"  # prod_i n_i^(w_i); zero as soon as one input is
+    LINEAR = "linear"  # |sum_i w_i W_i|
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """The means on R spheres of N inputs each, W = sum_i coefficients_i W_i.
+
+    coefficients: (R, N) float64; zero for an input without direction.
+    angles: (R, N) float64, radians from each input to the mean; NaN where either has no direction.
+        Computed from a Gram matrix: below 1e-7 rad only the order of magnitude is meaningful.
+    iterations: (R,) steps taken, over the start that won.
+    residuals: (R,) radians, the tangent step that remains; NaN for a fall-back.
+    unique: (R,) whether the inputs were proven to have one mean, to which the steps lead.
+    statuses: (R,) of Status.
+    """
+
+    coefficients: Floats
+    angles: Floats
+    iterations: NDArray[np.int64]
+    residuals: Floats
+    unique: Bools
+    statuses: NDArray[Any]
+
+
 @dataclass(frozen=True, eq=False)
 class KarcherMean:
-    """The mean W = sum_i coefficients_i W_i of N inputs, and what is known of it.
+    """The mean W = base + sum_i coefficients_i (W_i - base) of N inputs, and what is known of it.
 
-    coefficients: (N,) float64; zero for an input without weight or without direction.
-    angles: (N,) float64, radians from each input to the result; NaN where either has no direction
-        or the input has no weight. Computed from a Gram matrix: below 1e-7 rad only the order of
-        magnitude is meaningful.
-    iterations: steps taken, over the start that won.
-    residual: length in radians of the tangent step that remains at the result; NaN for a fall-back.
-    unique: whether the inputs were proven to have one mean, to which the steps lead from here.
-    status: how it ended; `status.value` is a sentence that names the remedy.
+    coefficients: (N,) float64, or with granularity row (R, N), one set for each row; zero for an
+        input without weight or without direction. Without a base, W = sum_i coefficients_i W_i.
+    angles: (N,) float64, radians from each input to the result, as seen from the origin, the
+        largest of the rows; NaN where either has no direction or the input has no weight. Computed
+        from a Gram matrix: below 1e-7 rad only the order of magnitude is meaningful.
+    iterations: steps taken, over the start that won; the most of any row.
+    residual: radians, the tangent step that remains at the result; the longest of the rows; NaN for
+        a fall-back.
+    unique: whether the inputs, in every row, were proven to have one mean, to which the steps lead.
+    status: how it ended, for the worst of the rows; `status.value` is a sentence with the remedy.
     """
 
     coefficients: Floats
@@ -74,217 +118,310 @@ class KarcherMean:
         return self.status in (Status.CONVERGED, Status.ZERO)
 
 
-def normalised(weights: Floats) -> Floats:
-    """Weights scaled to sum to one; dividing by the largest first keeps the sum finite."""
-    shares: Floats = weights / weights.max()
-    normal: Floats = shares / shares.sum()
-    return normal
-
-
-def unit_gram(gram: Floats) -> tuple[Floats, Floats]:
-    """Norms (N,) and the Gram matrix (N, N) of the unit inputs; every norm must be positive."""
-    norms = np.sqrt(np.diagonal(gram))
-    unit = gram / np.outer(norms, norms)
-    np.fill_diagonal(unit, 1.0)
-    return norms, unit
-
-
-def mean_of_gram(
-    gram: Floats, weights: Floats, exponents: NDArray[np.int64], *, max_iter: int, tol: float
-) -> KarcherMean:
-    """The Karcher mean of N inputs from their inner products, with magnitude sum_i w_i |W_i|.
-
-    gram: (N, N), gram_ij = <W_i, W_j> 2^-(exponents_i + exponents_j). In long double, where the
-        platform's is wider than float64, the coefficients keep float64's digits up to pi/2, where
-        the mean amplifies errors of the Gram matrix by 1 / cos^2 of the angles.
-    weights: (N,) positive and finite, of any sum.
-    exponents: (N,) integers that keep the squares of very large or small inputs representable.
-    max_iter: at most that many steps a start. tol: radians, see `KarcherMean.residual`.
-
-    The direction is the minimiser of sum_i w_i angle(x, W_i)^2 (paper, equation 9) over the inputs
-    that have one, the magnitude counts zero inputs too (paper, equation 6).
-    """
-    shares = normalised(weights)
-    count = len(shares)
-    directed = np.flatnonzero(np.diagonal(gram) > 0)
-    coefficients = np.zeros(count)
-    angles = np.full(count, np.nan)
-    if directed.size == 0:
-        return KarcherMean(coefficients, angles, 0, 0.0, True, Status.ZERO)
-
-    scaled_norms, unit = unit_gram(gram[np.ix_(directed, directed)])
-    norms = np.ldexp(scaled_norms, exponents[directed])
-    sphere = _Sphere(unit, normalised(shares[directed]))
-    linear = sphere.point(sphere.weights)
-
-    proven = linearly_independent(unit) or (linear is not None and linear.within_right_angle)
-    if not proven and not in_open_hemisphere(unit):
-        at_linear = sphere.point(sphere.weights * (norms / norms.max()))
-        if at_linear is not None:
-            angles[directed] = at_linear.terms.theta
-        return KarcherMean(shares, angles, 0, float("nan"), False, Status.NOT_UNIQUE)
-
-    best, iterations = sphere.descend(linear, max_iter, tol) if linear is not None else (None, 0)
-    if best is None or not proven or best.alpha <= 0:
-        for start in np.eye(len(directed)):
-            first = sphere.point(start)
-            assert first is not None  # a single unit input always is a point
-            other, steps = sphere.descend(first, max_iter, tol)
-            if best is None or other.objective < best.objective:
-                best, iterations = other, steps
-    assert best is not None
-
-    converged = best.residual <= max(tol, best.rounding)
-    unit_coefficients = best.coefficients
-    if converged and best.alpha > 0:
-        # At the mean itself tau = 0 gives the coefficients again, and well defined ones where
-        # dependent inputs leave c open.
-        unit_coefficients = sphere.weights * best.terms.stretch / best.alpha
-    magnitude_ratios = (shares[directed] @ norms) / norms
-    coefficients[directed] = magnitude_ratios * unit_coefficients
-    angles[directed] = best.terms.theta
+def gathered(blocks: Sequence[Means], *, by_row: bool = False) -> KarcherMean:
+    """One result of many means, with coefficients by row or of the only one."""
+    statuses = {status for block in blocks for status in block.statuses}
+    coefficients = np.concatenate([block.coefficients for block in blocks])
     return KarcherMean(
-        coefficients,
-        angles,
-        iterations,
-        best.residual,
-        bool(best.alpha > 0),
-        Status.CONVERGED if converged else Status.NOT_CONVERGED,
+        coefficients if by_row else coefficients[0],
+        np.fmax.reduce(np.concatenate([block.angles for block in blocks]), axis=0),
+        max(int(block.iterations.max()) for block in blocks),
+        float(np.fmax.reduce(np.concatenate([block.residuals for block in blocks]))),
+        all(bool(block.unique.all()) for block in blocks),
+        next(status for status in _WORST if status in statuses),
     )
 
 
-def linearly_independent(unit: Floats) -> bool:
-    """Whether unit inputs are independent, so that they lie in an open hemisphere.
+def normalised(weights: Floats) -> Floats:
+    """Weights (..., N) scaled to sum to one; dividing by the largest first keeps the sum finite."""
+    shares: Floats = weights / weights.max(-1, keepdims=True)
+    normal: Floats = shares / shares.sum(-1, keepdims=True)
+    return normal
 
-    By Weyl's inequality the smallest eigenvalue is off by no more than the Gram matrix is.
+
+def unit_grams(grams: Floats) -> tuple[Floats, Floats]:
+    """Norms (R, N) and the Gram matrices (R, N, N) of the unit inputs.
+
+    An input of norm zero becomes a unit vector at right angles to all others: with a weight of
+    zero it takes no part in anything.
     """
-    return bool(np.linalg.eigvalsh(unit.astype(np.float64))[0] > _gram_rounding(len(unit)))
+    norms = np.sqrt(np.maximum(np.diagonal(grams, axis1=1, axis2=2), 0))
+    lengths = np.where(norms > 0, norms, 1)
+    unit = grams / lengths[:, :, None] / lengths[:, None, :]
+    diagonal = np.arange(grams.shape[-1])
+    unit[:, diagonal, diagonal] = 1
+    return norms, unit
 
 
-def in_open_hemisphere(unit: Floats) -> bool:
-    """Whether some y has <p_i, y> > 0 for all i; the mean is unique then (Buss & Fillmore 2001).
+def magnitude_ratios(magnitude: Magnitude, shares: Floats, norms: Floats, unit: Floats) -> Floats:
+    """The length of the mean over each input's norm, (R, N); zero for inputs of norm zero.
 
-    That is so exactly if zero is not in the convex hull of the inputs. The squared distance d^2
-    of the hull from zero comes from a non-negative least squares problem (Lawson & Hanson's LDP):
-    min |P l|^2 + (1 - sum l)^2 over l >= 0 is d^2 / (1 + d^2).
+    shares (N,) sum to one; norms (R, N); unit (R, N, N), the Gram matrices of the unit inputs.
     """
-    eigenvalues, vectors = np.linalg.eigh(unit.astype(np.float64))
-    root = np.sqrt(np.maximum(eigenvalues, 0))[:, None] * vectors.T
-    count = len(unit)
-    system = np.vstack([root, np.ones(count)])
-    try:
-        _, residual = nnls(system, np.append(np.zeros(count), 1.0), maxiter=100 * count)
-    except RuntimeError:  # it gave up: nothing is proven
-        return False
-    return bool(residual * residual > _gram_rounding(count))
+    lengths = np.where(norms > 0, norms, 1)
+    if magnitude is Magnitude.GEOMETRIC:
+        logarithms = np.log(lengths)
+        ratios = np.exp((logarithms @ shares)[:, None] - logarithms)
+        return np.where((norms > 0).all(-1, keepdims=True), ratios, 0)
+    if magnitude is Magnitude.LINEAR:
+        largest = norms.max(-1, keepdims=True)
+        parts = shares * (norms / np.where(largest > 0, largest, 1))
+        squared = np.maximum((parts * times(unit, parts)).sum(-1, keepdims=True), 0)
+        return np.where(norms > 0, np.sqrt(squared) * (largest / lengths), 0)
+    return np.where(norms > 0, (norms @ shares)[:, None] / lengths, 0)
 
 
-def _gram_rounding(count: int) -> float:
-    """A bound on the spectral norm of the rounding errors in a unit Gram matrix."""
-    return 64 * count * _EPS
+def means_of_grams(
+    grams: Floats,
+    weights: Floats,
+    exponents: NDArray[np.int64],
+    *,
+    magnitude: Magnitude,
+    max_iter: int,
+    tol: float,
+) -> Means:
+    """The Karcher means of N inputs on each of R spheres, from their inner products.
+
+    grams: (R, N, N), grams_rij = <W_ri, W_rj> 2^-(exponents_ri + exponents_rj). In long double,
+        where the platform's is wider than float64, the coefficients keep float64's digits up to
+        pi/2, where the mean amplifies errors of the Gram matrix by 1 / cos^2 of the angles.
+    weights: (N,) positive and finite, of any sum.
+    exponents: (R, N) integers that keep the squares of very large or small inputs representable.
+    max_iter: at most that many steps a start. tol: radians, the longest step that may remain.
+
+    The direction is the minimiser of sum_i w_i angle(x, W_i)^2 (paper, equation 9) over the inputs
+    that have one; the magnitude counts zero inputs too.
+    """
+    shares = normalised(weights)
+    rows, count = grams.shape[:2]
+    scaled_norms, unit = unit_grams(grams)
+    directed = scaled_norms > 0
+    live = directed.any(-1)
+    means = Means(
+        np.zeros((rows, count)),
+        np.full((rows, count), np.nan),
+        np.zeros(rows, np.int64),
+        np.zeros(rows),
+        np.ones(rows, bool),
+        np.full(rows, Status.CONVERGED, dtype=object),
+    )
+    means.statuses[~live] = Status.ZERO
+    index = np.flatnonzero(live)
+    if index.size == 0:
+        return means
+    directed, unit = directed[index], unit[index]
+    norms = np.ldexp(scaled_norms[index], exponents[index])
+    sphere = _Spheres(2 - 2 * unit, normalised(np.where(directed, shares, 0)))
+    best = sphere.points(sphere.weights)
+
+    proven = best.valid & (best.versines < 1 - _RIGHT_ANGLE_MARGIN).all(-1, where=directed)
+    doubtful = np.flatnonzero(~proven)
+    if doubtful.size:
+        proven[doubtful] = linearly_independent(unit[doubtful])
+    solvable = proven.copy()
+    doubtful = np.flatnonzero(~proven)
+    if doubtful.size:
+        solvable[doubtful] = in_open_hemisphere(unit[doubtful])
+
+    steps = np.zeros(len(index), np.int64)
+    started = np.flatnonzero(solvable & best.valid)
+    _put(best, started, *sphere.take(started).descend(best.take(started), max_iter, tol), steps)
+    again = np.flatnonzero(solvable & ~(proven & best.valid & (best.alpha > 0)))
+    for start in range(count) if again.size else ():
+        some = again[directed[again, start]]
+        first = sphere.take(some).points(np.eye(count)[[start] * len(some)])
+        other, taken = sphere.take(some).descend(first, max_iter, tol)
+        better = ~best.valid[some] | (other.objective < best.objective[some])
+        _put(best, some[better], other.take(better), taken[better], steps)
+
+    converged = solvable & (best.residual <= np.maximum(tol, best.rounding))
+    # At the mean itself tau = 0 gives the coefficients again, and well defined ones where
+    # dependent inputs leave c open.
+    closed = converged & (best.alpha > 0)
+    alpha = np.where(closed, best.alpha, 1)[:, None]
+    found = np.where(
+        closed[:, None], sphere.weights * best.terms.stretch / alpha, best.coefficients
+    )
+    coefficients = found * magnitude_ratios(magnitude, shares, norms, unit)
+
+    lost = np.flatnonzero(~solvable)
+    if lost.size:
+        ratios = norms[lost] / norms[lost].max(-1, keepdims=True)
+        at_linear = sphere.take(lost).points(sphere.weights[lost] * ratios)
+        coefficients[lost] = shares
+        best.terms.theta[lost] = np.where(at_linear.valid[:, None], at_linear.terms.theta, np.nan)
+    means.coefficients[index] = coefficients
+    means.angles[index] = np.where(directed, best.terms.theta, np.nan)
+    means.iterations[index] = steps
+    means.residuals[index] = np.where(solvable, best.residual, np.nan)
+    means.unique[index] = solvable & (best.alpha > 0)
+    means.statuses[index[solvable & ~converged]] = Status.NOT_CONVERGED
+    means.statuses[index[lost]] = Status.NOT_UNIQUE
+    return means
 
 
 @dataclass(frozen=True, eq=False)
-class _Point:
-    """A point x = sum_i c_i p_i of the unit sphere and what the descent needs to know there."""
+class _Points:
+    """Points x = sum_i c_i p_i, one on each sphere, and what the descent needs to know there."""
 
-    coefficients: Floats
-    versines: Floats
-    terms: AngleTerms
-    alpha: float
-    tau: Floats
-    products: Floats  # of the tangential parts of the inputs: L_ij = <p_i, p_j> - cos_i cos_j
-    residual: float
-    objective: float
-
-    @property
-    def within_right_angle(self) -> bool:
-        """Whether every input is less than pi/2 away: uniqueness by Afsari 2011."""
-        return bool(self.versines.max() < 1 - _RIGHT_ANGLE_MARGIN)
+    coefficients: Floats  # (R, N)
+    versines: Floats  # (R, N)
+    terms: AngleTerms  # each (R, N)
+    alpha: Floats  # (R,)
+    tau: Floats  # (R, N)
+    residual: Floats  # (R,)
+    objective: Floats  # (R,)
+    valid: Bools  # (R,) False where the sum is zero to rounding; the rest is then arbitrary
 
     @property
-    def rounding(self) -> float:
+    def rounding(self) -> Floats:
         """The residual that rounding alone leaves; sum c grows as the inputs near pi/2."""
-        return float(32 * _EPS * np.abs(self.coefficients).sum())
+        left: Floats = 32 * _EPS * np.abs(self.coefficients).sum(-1)
+        return left
+
+    def take(self, index: Indices | Bools) -> _Points:
+        """Those at some of the spheres."""
+        return _Points(*(_taken(getattr(self, field.name), index) for field in fields(self)))
+
+
+def _taken(value: Any, index: Indices | Bools) -> Any:
+    if isinstance(value, AngleTerms):
+        return AngleTerms(*(part[index] for part in value))
+    return value[index]
+
+
+def _put(
+    points: _Points, index: Indices, new: _Points, taken: NDArray[np.int64] | None, steps: Any
+) -> None:
+    """Write new points over those at some of the spheres, and the number of steps to them."""
+    for field in fields(points):
+        old, value = getattr(points, field.name), getattr(new, field.name)
+        pairs = zip(old, value, strict=True) if isinstance(old, AngleTerms) else [(old, value)]
+        for target, source in pairs:
+            target[index] = source
+    if taken is not None:
+        steps[index] = taken
 
 
 @dataclass(frozen=True, eq=False)
-class _Sphere:
-    """The problem: unit inputs by their Gram matrix, and weights that sum to one."""
+class _Spheres:
+    """R problems: D_ij = |p_i - p_j|^2 (R, N, N), and weights (R, N) that sum to one."""
 
-    unit: Floats
+    distances: Floats
     weights: Floats
 
-    def point(self, coefficients: Floats) -> _Point | None:
-        """The point in direction sum_i c_i p_i; None where that sum is zero to rounding."""
-        distances = np.maximum(2 - 2 * self.unit, 0)
-        total = coefficients.sum()
-        spread = distances @ coefficients
-        squared = total * total - coefficients @ spread / 2
-        if not squared > _gram_rounding(len(coefficients)) * np.abs(coefficients).sum() ** 2:
-            return None
-        scale = 1 / np.sqrt(squared)
-        coefficients, total, spread = coefficients * scale, total * scale, spread * scale
+    def __post_init__(self) -> None:
+        np.maximum(self.distances, 0, out=self.distances)
+
+    def take(self, index: Indices) -> _Spheres:
+        """Some of the problems."""
+        if len(index) == len(self.weights):
+            return self
+        return _Spheres(self.distances[index], self.weights[index])
+
+    def points(self, coefficients: Floats) -> _Points:
+        """The points in the directions sum_i c_i p_i."""
+        total = coefficients.sum(-1)
+        spread = times(self.distances, coefficients)
+        squared = total * total - (coefficients * spread).sum(-1) / 2
+        floor = gram_rounding(coefficients.shape[-1]) * np.abs(coefficients).sum(-1) ** 2
+        valid = squared > floor
+        scale = 1 / np.sqrt(np.where(valid, squared, 1))
+        coefficients, spread = coefficients * scale[:, None], spread * scale[:, None]
+        total = total * scale
         # |x| = 1 gives (total - 1)(total + 1) = c'Dc/2, which does not cancel.
-        excess = coefficients @ spread / 2 / (1 + total) if total > 0 else total - 1
-        versines = np.clip(spread / 2 - excess, 0, 2)
+        excess = (coefficients * spread).sum(-1) / 2 / np.where(total > 0, 1 + total, 1)
+        excess = np.where(total > 0, excess, total - 1)
+        versines = np.clip(spread / 2 - excess[:, None], 0, 2)
         terms = angle_terms(versines)
-        alpha = float(self.weights @ terms.cotangent)
-        tau = self.weights * terms.stretch - alpha * coefficients
-        products = versines[:, None] + versines - np.outer(versines, versines) - distances / 2
-        return _Point(
+        alpha = (self.weights * terms.cotangent).sum(-1)
+        tau = self.weights * terms.stretch - alpha[:, None] * coefficients
+        return _Points(
             coefficients,
             versines,
             terms,
             alpha,
             tau,
-            products,
-            _length(tau, products),
-            float(self.weights @ terms.theta**2) / 2,
+            self._length(tau, versines),
+            (self.weights * terms.theta**2).sum(-1) / 2,
+            valid,
         )
 
-    def descend(self, start: _Point, max_iter: int, tol: float) -> tuple[_Point, int]:
-        """From start to a minimum: the last point, and the number of steps taken."""
-        point, steps = start, 0
-        while point.residual > max(tol, point.rounding) and steps < max_iter:
-            point = self._step(point)
-            steps += 1
-        if point.alpha > 0 and _EPS < point.residual <= max(tol, point.rounding):
+    def descend(
+        self, start: _Points, max_iter: int, tol: float
+    ) -> tuple[_Points, NDArray[np.int64]]:
+        """From start to minima: the last points, and the numbers of steps taken."""
+        points, steps = start, np.zeros(len(self.weights), np.int64)
+        while True:
+            active = (points.residual > np.maximum(tol, points.rounding)) & (steps < max_iter)
+            index = np.flatnonzero(active)
+            if index.size == 0:
+                break
+            moved = self.take(index)._step(points.take(index))
+            _put(points, index, moved, None, steps)
+            steps[index] += 1
+        near = (points.residual > _EPS) & (points.residual <= np.maximum(tol, points.rounding))
+        index = np.flatnonzero((points.alpha > 0) & near)
+        if index.size:
             # Newton squares the error: one step past tol leaves rounding errors only.
-            beyond = self._move(point, self._newton(point))
-            if beyond is not None and beyond.residual < point.residual:
-                point = beyond
-        return point, steps
+            some, sphere = points.take(index), self.take(index)
+            beyond = sphere._move(some, sphere._newton(some))
+            better = beyond.valid & (beyond.residual < some.residual)
+            _put(points, index[better], beyond.take(better), None, steps)
+        return points, steps
 
-    def _step(self, point: _Point) -> _Point:
-        if point.alpha > 0:
-            direction = self._newton(point)
+    def _step(self, points: _Points) -> _Points:
+        moved = points.take(np.arange(len(points.alpha)))
+        waiting = np.flatnonzero(points.alpha > 0)
+        slow = np.flatnonzero(~(points.alpha > 0))
+        if waiting.size:
+            direction = self.take(waiting)._newton(points.take(waiting))
             for _ in range(_HALVINGS):
-                candidate = self._move(point, direction)
-                if (
-                    candidate is not None
-                    and candidate.objective <= point.objective + _OBJECTIVE_SLACK
-                ):
-                    return candidate
-                direction = direction / 2
-        # The fixed point of Algorithm 1. The Hessian of the objective is at most one on a sphere,
-        # so the full step never raises it.
-        return self._move(point, point.tau) or point
+                candidate = self.take(waiting)._move(points.take(waiting), direction)
+                limit = points.objective[waiting] + _OBJECTIVE_SLACK
+                good = candidate.valid & (candidate.objective <= limit)
+                _put(moved, waiting[good], candidate.take(good), None, None)
+                waiting, direction = waiting[~good], direction[~good] / 2
+                if waiting.size == 0:
+                    break
+            slow = np.concatenate([slow, waiting])
+        if slow.size:
+            # The fixed point of Algorithm 1. The Hessian of the objective is at most one on a
+            # sphere, so the full step never raises it.
+            candidate = self.take(slow)._move(points.take(slow), points.tau[slow])
+            good = candidate.valid
+            _put(moved, slow[good], candidate.take(good), None, None)
+        return moved
 
-    def _newton(self, point: _Point) -> Floats:
-        """Newton's tangent vector (Buss & Fillmore 2001, A2), at most one radian long."""
-        bending = self.weights * point.terms.curvature
-        matrix = point.alpha * np.eye(len(bending)) + bending[:, None] * point.products
-        direction = np.linalg.solve(matrix.astype(np.float64), point.tau.astype(np.float64))
-        direction = direction - (direction @ (1 - point.versines)) * point.coefficients
-        length = _length(direction, point.products)
-        return direction * min(1.0, _LONGEST_STEP / length) if length > 0 else direction
+    def _newton(self, points: _Points) -> Floats:
+        """Newton's tangent vectors (Buss & Fillmore 2001, A2), at most one radian long."""
+        h = points.versines
+        bending = self.weights * points.terms.curvature
+        # L_ij = <p_i, p_j> - cos_i cos_j, the products of the tangential parts of the inputs.
+        products = h[:, :, None] + h[:, None, :] - h[:, :, None] * h[:, None, :]
+        products -= self.distances / 2
+        matrix = bending[:, :, None] * products
+        diagonal = np.arange(h.shape[-1])
+        matrix[:, diagonal, diagonal] += points.alpha[:, None]
+        solution = np.linalg.solve(
+            matrix.astype(np.float64), points.tau.astype(np.float64)[:, :, None]
+        )[:, :, 0]
+        along = (solution * (1 - h)).sum(-1)
+        direction = solution - along[:, None] * points.coefficients
+        length = self._length(direction, h)
+        shrink = np.minimum(1, _LONGEST_STEP / np.where(length > 0, length, 1))
+        scaled: Floats = direction * shrink[:, None]
+        return scaled
 
-    def _move(self, point: _Point, tangent: Floats) -> _Point | None:
-        """Along the geodesic that leaves point with that tangent vector."""
-        length = _length(tangent, point.products)
-        return self.point(np.cos(length) * point.coefficients + np.sinc(length / np.pi) * tangent)
+    def _move(self, points: _Points, tangent: Floats) -> _Points:
+        """Along the geodesics that leave the points with those tangent vectors."""
+        length = self._length(tangent, points.versines)[:, None]
+        return self.points(np.cos(length) * points.coefficients + np.sinc(length / np.pi) * tangent)
 
-
-def _length(tangent: Floats, products: Floats) -> float:
-    return math.sqrt(max(float(tangent @ products @ tangent), 0.0))
+    def _length(self, tangent: Floats, versines: Floats) -> Floats:
+        """sqrt(t' L t), with L_ij = h_i + h_j - h_i h_j - D_ij / 2."""
+        along = (tangent * versines).sum(-1)
+        squared = 2 * along * tangent.sum(-1) - along * along
+        squared = squared - (tangent * times(self.distances, tangent)).sum(-1) / 2
+        length: Floats = np.sqrt(np.maximum(squared, 0))
+        return length

@@ -1,0 +1,196 @@
+"""One mean for all tensors of a merge: tasks of our own in mergekit's graph.
+
+    load -> gather -> Gram matrix, for each tensor
+                      all of them -> mean
+    load -> gather -> combine with that mean, for each tensor
+
+The second loads are other tasks than the first, and come after the mean: as the same ones, or any
+earlier, mergekit's executor would hold all tensors of all models in between.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+from mergekit_karcher.maths.mean import KarcherMean
+from mergekit_karcher.merge import Products
+
+
+@cache
+def _task_types() -> SimpleNamespace:
+    """Our kinds of task, made when mergekit is whole; annotations here are read by pydantic."""
+    from mergekit import merge_methods
+    from mergekit.common import ImmutableMap
+    from mergekit.graph import Task
+    from mergekit.merge_methods.base import (
+        PerInputValues,
+        TensorEntry,
+        TensorGroup,
+        TensorMetadata,
+    )
+    from mergekit.tokenizer import BuildTokenizer
+
+    class TensorProducts(Task[Any]):  # type: ignore[misc]
+        """The Gram matrix of one merge task's inputs; None for a buffer of whole numbers."""
+
+        merge_task: Task
+
+        def arguments(self) -> dict[str, Any]:
+            return {"tensors": self.merge_task.gather_tensors}
+
+        def group_label(self) -> Any:
+            return self.merge_task.group_label()
+
+        def uses_accelerator(self) -> bool:
+            return True
+
+        def execute(self, tensors: dict[Any, Any], **_: Any) -> Products | None:
+            task = self.merge_task
+            entries = tuple(
+                TensorEntry(model, tensor, is_base=model == task.base_model)
+                for model in task.model_order
+                if (tensor := tensors.get(model)) is not None
+            )
+            if not any(entry.tensor.is_floating_point() for entry in entries):
+                return None
+            group = TensorGroup(entries, TensorMetadata.from_weight_info(task.output_weight))
+            group.validate_tensors()
+            weight = [(e.id, task.input_parameters[e.id]["weight"]) for e in entries]
+            products: Products = merge_methods.get(task.method_name).products(
+                group, **dict(task.parameters.items()), weight=PerInputValues(weight)
+            )
+            return products
+
+    class ModelMean(Task[Any]):  # type: ignore[misc]
+        """The mean of the whole model. Equal only to itself: comparing its parts is slow."""
+
+        parts: tuple[TensorProducts, ...]
+
+        def __hash__(self) -> int:
+            return id(self)
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+        def arguments(self) -> dict[str, Any]:
+            return {str(index): part for index, part in enumerate(self.parts)}
+
+        def execute(self, **products: Any) -> KarcherMean:
+            first = self.parts[0].merge_task
+            out = first.base_model if first.parameters["origin"] == "base" else None
+            weights = [first.input_parameters[m]["weight"] for m in first.model_order if m != out]
+            mean: KarcherMean = merge_methods.get(first.method_name).mean(
+                [part for part in products.values() if part is not None],
+                [weight for weight in weights if weight > 0],
+                **dict(first.parameters.items()),
+            )
+            return mean
+
+    class AfterMean(Task[Any]):  # type: ignore[misc]
+        """A task that mergekit planned, done once more when the mean is known."""
+
+        task: Task
+        mean: ModelMean
+
+        def arguments(self) -> dict[str, Any]:
+            own = {
+                name: task
+                if isinstance(task, BuildTokenizer)
+                else AfterMean(task=task, mean=self.mean)
+                for name, task in self.task.arguments().items()
+            }
+            return own or {"mean": self.mean}
+
+        def execute(self, **arguments: Any) -> Any:
+            return self.task.execute(**{k: v for k, v in arguments.items() if k != "mean"})
+
+        def priority(self) -> int:
+            return int(self.task.priority())
+
+        def group_label(self) -> Any:
+            return self.task.group_label()
+
+    class CombineWithMean(Task[Any]):  # type: ignore[misc]
+        """One output tensor of a merge task, with the mean of the whole model."""
+
+        merge_task: Task
+        mean: ModelMean
+
+        def arguments(self) -> dict[str, Any]:
+            gather = AfterMean(task=self.merge_task.gather_tensors, mean=self.mean)
+            return {"tensors": gather, "mean": self.mean}
+
+        def group_label(self) -> Any:
+            return self.merge_task.group_label()
+
+        def uses_accelerator(self) -> bool:
+            return True
+
+        def execute(self, tensors: dict[Any, Any], mean: KarcherMean, **_: Any) -> Any:
+            known = ImmutableMap(data={**dict(self.merge_task.parameters.items()), "mean": mean})
+            return self.merge_task.model_copy(update={"parameters": known}).execute(tensors=tensors)
+
+    return SimpleNamespace(
+        TensorProducts=TensorProducts, ModelMean=ModelMean, CombineWithMean=CombineWithMean
+    )
+
+
+def with_one_mean(tasks: Sequence[Any], merges: Sequence[Any]) -> list[Any]:
+    """A plan with all its merge tasks replaced by ones that take the mean of the whole model.
+
+    Tied weights, which a checkpoint has once and the plan reads twice, count once.
+    """
+    types = _task_types()
+    counted = [task for task in merges if not _only_tied(task)]
+    parts = tuple(types.TensorProducts(merge_task=task) for task in counted)
+    mean = types.ModelMean(parts=parts)
+    planned = {id(task) for task in merges}
+    changed: dict[int, Any] = {}
+    for task in tasks:
+        merge_task = getattr(task, "tensor_task", None)
+        if id(merge_task) in planned:
+            combine = types.CombineWithMean(merge_task=merge_task, mean=mean)
+            changed[id(task)] = task.model_copy(update={"tensor_task": combine})
+    result = []
+    for task in tasks:
+        if hasattr(task, "tensor_save_tasks"):
+            saves = tuple(changed.get(id(save), save) for save in task.tensor_save_tasks)
+            result.append(task.model_copy(update={"tensor_save_tasks": saves}))
+        else:
+            result.append(changed.get(id(task), task))
+    return result
+
+
+def loads_of(task: Any) -> Iterator[tuple[Any, Any]]:
+    """The tasks that load the inputs of a merge task, with their models."""
+    gather = task.gather_tensors
+    while hasattr(gather, "gather_tensors"):
+        gather = gather.gather_tensors
+    if hasattr(gather, "tensors"):  # of mergekit-pytorch
+        yield from gather.tensors.items()
+    else:
+        yield from ((load.model, load) for load in gather.arguments().values())
+
+
+def found_by(load: Any) -> bool:
+    """Whether a checkpoint has what a load task is to find, or must have it."""
+    if hasattr(load, "tensor_name"):  # of mergekit-pytorch
+        from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
+
+        return load.tensor_name in SimpleLoaderCache().get(load.model).index.tensor_paths
+    return not load.optional or _place(load) is not None
+
+
+def _place(load: Any) -> str | None:
+    """The name under which a checkpoint has a tensor."""
+    from mergekit.io.tasks import LoaderCache
+
+    name: str | None = load._resolve_name(LoaderCache().get(load.model))
+    return name
+
+
+def _only_tied(task: Any) -> bool:
+    """Whether every model has this tensor only as another one that it is tied to."""
+    tied = [(load, getattr(load, "tied_names", None) or ()) for _, load in loads_of(task)]
+    return all(names and _place(load) in names for load, names in tied)
