@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Literal, NamedTuple
 
@@ -51,7 +51,8 @@ class Group(NamedTuple):
     base: torch.Tensor | None = None
 
 
-class Products(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Products:
     """Inner products of the N inputs of a group: grams (R, N, N) and exponents (R, N) of two."""
 
     grams: NDArray[np.longdouble]
@@ -176,7 +177,8 @@ def mean_of_products(
     products: Products, weights: Sequence[float] | Floats, settings: Settings
 ) -> KarcherMean:
     """The mean of N vectors, all of them with a weight, from their inner products."""
-    return gathered([_solved(products, np.asarray(weights, dtype=np.float64), settings)])
+    means = _solved(products, np.asarray(weights, dtype=np.float64), settings)
+    return gathered([means], means.coefficients[0])
 
 
 def combined(group: Group, coefficients: Floats) -> torch.Tensor:
@@ -264,6 +266,7 @@ class _Job:
     def __init__(self, groups: Sequence[Group], weights: Floats, settings: Settings) -> None:
         self.groups, self.weights, self.settings = list(groups), weights, settings
         self.solved: list[Means] = []
+        self.coefficients: Floats = np.empty((0, 0))
         self.counted = [*_counted(groups)]
 
     def tensors(self) -> list[torch.Tensor]:
@@ -296,19 +299,27 @@ class _Job:
                 for group, counts in zip(self.groups, self.counted, strict=True)
                 if counts
             ]
-            yield _solved(total(parts), self.weights, self.settings)
+            means = _solved(total(parts), self.weights, self.settings)
+            self.coefficients = means.coefficients
+            yield means
             return
         (group,) = self.groups
         exact = needs_exact(group.tensors)
-        for _, block in self.blocks(group):
+        # One array for the coefficients of all rows: with many of them, two would be felt.
+        rows = group.tensors[0].shape[0] if self.by_row(group) else 1
+        self.coefficients = np.empty((rows, len(group.tensors)))
+        for here, block in self.blocks(group):
             products = products_of(block, by_row=self.by_row(group), exact=exact)
             means = _solved(products, self.weights, self.settings)
             single = any(tensor.dtype == torch.float32 for tensor in block.tensors)
             if single and not exact and np.any(means.angles > _WIDE_ANGLE):
                 products = products_of(block, by_row=self.by_row(group), exact=True)
                 means = _solved(products, self.weights, self.settings)
-            # The largest of the rows is all that is told of them, and they are many.
-            yield replace(means, angles=np.fmax.reduce(means.angles, axis=0, keepdims=True))
+            own = self.coefficients[here]
+            own[:] = means.coefficients
+            # The largest of the rows is all that is told of their angles.
+            angles = np.fmax.reduce(means.angles, axis=0, keepdims=True)
+            yield replace(means, angles=angles, coefficients=own)
 
     def pulled_back(self, products: Products, block: int) -> Floats:
         """What `pull_back` says of a block, for each input (R, N, N + 1) over the inputs and v."""
@@ -348,7 +359,7 @@ class _Merge(torch.autograd.Function):
         ctx.job = job
         job.solved = [*job.means()]
         (first, *_) = job.groups
-        mean = gathered(job.solved, by_row=job.by_row(first))
+        mean = gathered(job.solved, job.coefficients if job.by_row(first) else job.coefficients[0])
         outputs = [combined(group, mean.coefficients) for group in job.groups]
         return (*outputs, mean)
 

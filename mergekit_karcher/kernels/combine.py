@@ -39,14 +39,15 @@ def combine(
     first = tensors[0]
     result = torch.empty(first.shape, dtype=dtype, device=first.device) if out is None else out
     by_row = coefficients.ndim == 2
-    used = [index for index in range(len(tensors)) if np.any(coefficients[..., index] != 0)]
+    used = [index for index in range(len(tensors)) if np.any(coefficients[..., index])]
     if not used:
         return result.zero_() if base is None else result.copy_(base)
     chosen = [tensors[index] for index in used]
-    factors = coefficients[..., used]
     half = (torch.float16, torch.bfloat16)
     held = [*chosen, *(() if base is None else (base,))]
-    single = all(t.dtype in half for t in held) and np.abs(factors).max() < _LARGEST_SINGLE
+    single = all(t.dtype in half for t in held) and (
+        max(coefficients.max(), -coefficients.min()) < _LARGEST_SINGLE
+    )
     device = working_device(first.device)
     (target, *views), pieces = walk([result, *held], CHUNK_ELEMENTS, by_row=by_row)
     sums = torch.empty(
@@ -56,7 +57,7 @@ def combine(
         dtype=torch.float32 if single and dtype in half else torch.float64,
         device=device,
     )
-    columns = torch.as_tensor(factors, dtype=sums.dtype, device=device) if by_row else None
+    columns = torch.from_numpy(coefficients).to(device) if by_row else None
 
     def add_up(worker: int, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
@@ -68,20 +69,20 @@ def combine(
             if base is not None:
                 origin.copy_(piece.of(views[-1]))
             for index, view in enumerate(views[: len(chosen)]):
-                source = piece.of(view)
+                source, own = piece.of(view), used[index]
                 # The first product, not zero plus it, so that a merge of one model keeps its -0.0.
                 target_sum = total if index == 0 else term
                 if index > 0 and base is None and columns is None:
-                    total.add_(source.to(device), alpha=float(factors[index]))
+                    total.add_(source.to(device), alpha=float(coefficients[own]))
                     continue
                 target_sum.copy_(source)
                 if base is not None:
                     target_sum.sub_(origin)
                 if columns is None:
-                    own = float(factors[index])
-                    total.mul_(own) if index == 0 else total.add_(term, alpha=own)
+                    factor = float(coefficients[own])
+                    total.mul_(factor) if index == 0 else total.add_(term, alpha=factor)
                 else:
-                    column = columns[rows_of(piece), index]
+                    column = columns[rows_of(piece), own].to(sums.dtype)
                     column = column.view(-1, *[1] * (part.ndim - 1 if not piece.leading else 0))
                     total.mul_(column) if index == 0 else total.addcmul_(term, column)
             if base is not None:

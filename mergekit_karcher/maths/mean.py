@@ -118,12 +118,11 @@ class KarcherMean:
         return self.status in (Status.CONVERGED, Status.ZERO)
 
 
-def gathered(blocks: Sequence[Means], *, by_row: bool = False) -> KarcherMean:
-    """One result of many means, with coefficients by row or of the only one."""
+def gathered(blocks: Sequence[Means], coefficients: Floats) -> KarcherMean:
+    """One result of many means, whose coefficients lie in one array."""
     statuses = {status for block in blocks for status in block.statuses}
-    coefficients = np.concatenate([block.coefficients for block in blocks])
     return KarcherMean(
-        coefficients if by_row else coefficients[0],
+        coefficients,
         np.fmax.reduce(np.concatenate([block.angles for block in blocks]), axis=0),
         max(int(block.iterations.max()) for block in blocks),
         float(np.fmax.reduce(np.concatenate([block.residuals for block in blocks]))),
