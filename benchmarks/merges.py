@@ -23,7 +23,8 @@ MODELS = 3
 START_UP = "start-up"
 
 _COMMAND = Path(sysconfig.get_path("scripts")) / "mergekit-yaml"
-_METHODS = {OURS: "karcher", LINEAR: "linear", BUILTIN: "karcher"}
+WHOLE_MODEL = f"{OURS}, model"
+_METHODS = {OURS: "karcher", WHOLE_MODEL: "karcher", LINEAR: "linear", BUILTIN: "karcher"}
 _SAMPLE_SECONDS = 0.02
 
 
@@ -70,11 +71,13 @@ def _merge(contestant: str, folder: Path, models: Sequence[Path]) -> dict[str, f
         "models": [{"model": str(model)} | weight for model in models],
         "dtype": "bfloat16",
     }
+    if contestant == WHOLE_MODEL:
+        document["parameters"] = {"granularity": "model"}
     config.write_text(yaml.safe_dump(document))
     environment = {"HF_HUB_OFFLINE": "1", "MERGEKIT_KARCHER": "0" if contestant == BUILTIN else "1"}
     arguments = [str(config), str(out), "--no-copy-tokenizer"]
     measured = _watch(arguments, log, os.environ | environment)
-    if ("tensors merged" in log.read_text()) != (contestant == OURS):
+    if ("tensors merged" in log.read_text()) != (contestant in (OURS, WHOLE_MODEL)):
         raise RuntimeError(f"the wrong method ran for {contestant}:\n{log.read_text()[-2000:]}")
     shutil.rmtree(out)
     return measured

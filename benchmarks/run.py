@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 from error import error
+from geometries import geometries
 from kernels import QUICK, Sizes, kernels
 from long_runs import long_runs
 from merges import merges
@@ -25,7 +26,7 @@ from scratch import scratch
 from table import markdown
 
 RESULTS = Path(__file__).with_name("results.json")
-SECTIONS = ("kernels", "long", "scratch", "error", "merges")
+SECTIONS = ("kernels", "geometries", "long", "scratch", "error", "merges")
 
 
 def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
@@ -33,6 +34,8 @@ def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
     quick = options.quick
     if section == "kernels":
         return kernels(QUICK if quick else Sizes())
+    if section == "geometries":
+        return geometries(256, (2,), 2) if quick else geometries(4096, (2, 5, 17), 7)
     if section == "long":
         return long_runs(256, 64, 3, 3) if quick else long_runs(4096, 512, 17, 3)
     if section == "scratch":

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from contestants import BUILTIN, CONTESTANTS, LINEAR, OURS
+from geometries import BASE, ROW, ROW_BASE, TENSOR
 from rows import Row
 
 _TIMES = "Minimum / median / 90 % of the rounds; quotients are of times in one round."
@@ -22,6 +23,14 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
             ("built-in / ours", BUILTIN, "over", OURS),
             ("ours / linear", OURS, "over", LINEAR),
             ("built-in to ours, rad", BUILTIN, "rad_from_ours"),
+        ),
+    ),
+    "geometries": (
+        "One process, granularities and origins",
+        _TIMES,
+        (
+            *((f"{name}, s", name, "seconds") for name in (TENSOR, ROW, BASE, ROW_BASE)),
+            *((f"{name} / {TENSOR}", name, "over", TENSOR) for name in (ROW, BASE, ROW_BASE)),
         ),
     ),
     "long": (
@@ -63,6 +72,7 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
         (
             ("s", "", "seconds"),
             ("/ linear", "", "over", LINEAR),
+            ("/ ours", "", "over", OURS),
             ("processor s", "", "processor_seconds"),
             ("peak RSS, MB", "", "peak_rss_mb"),
             ("peak anonymous, MB", "", "peak_anonymous_mb"),
