@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ _COMMAND = Path(sysconfig.get_path("scripts")) / "mergekit-yaml"
 WHOLE_MODEL = f"{OURS}, model"
 _METHODS = {OURS: "karcher", WHOLE_MODEL: "karcher", LINEAR: "linear", BUILTIN: "karcher"}
 _SAMPLE_SECONDS = 0.02
+_EVICT_SECONDS = 0.2
 
 
 def merges(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
@@ -42,8 +45,16 @@ def merges(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
         calls = {c: partial(_merge, c, folder, models) for c in _METHODS}
         calls[START_UP] = partial(_watch, ["--help"], folder / "log", os.environ)
         counts = dict.fromkeys(calls, rounds) | {BUILTIN: 1}
-        runs = interleave(calls, counts)
+        cached = interleave(calls, counts)
+        some = {name: calls[name] for name in (OURS, WHOLE_MODEL, LINEAR)}
+        with _evicted(folder):
+            evicted = interleave(some, dict.fromkeys(some, rounds))
     case = {"parameters": f"{total / 1e9:.3g}e9", "models": MODELS, "dtype": "bf16"}
+    yield from _rows(case | {"page cache": "kept"}, cached)
+    yield from _rows(case | {"page cache": "evicted"}, evicted)
+
+
+def _rows(case: dict[str, Any], runs: dict[str, dict[int, dict[str, float]]]) -> Iterator[Row]:
     seconds = {
         name: {turn: run["seconds"] for turn, run in turns.items()} for name, turns in runs.items()
     }
@@ -52,6 +63,30 @@ def merges(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
         for name, turns in runs.items()
     }
     yield from timed_rows("merges", case, seconds, more)
+
+
+@contextmanager
+def _evicted(folder: Path) -> Iterator[None]:
+    """Keep what merges have read out of the page cache, as if there was no memory for it.
+
+    Pages that are mapped stay: those of the shard that is being read.
+    """
+    ended = threading.Event()
+
+    def evict() -> None:
+        while not ended.wait(_EVICT_SECONDS):
+            for path in folder.glob("model-*/*.safetensors"):
+                file = os.open(path, os.O_RDONLY)
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(file)
+
+    thread = threading.Thread(target=evict)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _check_space(folder: Path, parameters: int) -> None:

@@ -414,6 +414,22 @@ def test_a_value_that_is_not_finite_is_named(granularity, spoiled):
         merged(inputs, granularity=granularity, origin="base", base=base)
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_a_base_of_another_scale(granularity):
+    """Squares of the differences, and of the inputs scaled as they would need, leave float64."""
+    first, second, base = torch.randn(3, 4, 20, dtype=torch.float64)
+    for power, other in ((-500, 500), (500, -500)):
+        inputs = [first * 2.0**power, second * 2.0**power]
+        around = base * 2.0**other
+        mean, result = karcher_mean(inputs, base=around, granularity=granularity)
+        differences = [tensor - around for tensor in inputs]
+        expected, _ = karcher_mean(differences, granularity=granularity)
+        assert result.converged
+        torch.testing.assert_close(
+            mean * 2.0**-500, (around + expected) * 2.0**-500, rtol=1e-13, atol=1e-13
+        )
+
+
 def test_a_base_of_another_shape_is_named():
     with pytest.raises(KarcherError, match=r"the base has shape \(4,\)"):
         karcher_mean([torch.ones(3)], base=torch.ones(4))
