@@ -48,7 +48,7 @@ def merges(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
         cached = interleave(calls, counts)
         some = {name: calls[name] for name in (OURS, WHOLE_MODEL, LINEAR)}
         with _evicted(folder):
-            evicted = interleave(some, dict.fromkeys(some, rounds))
+            evicted = interleave(some, dict.fromkeys(some, (rounds + 1) // 2))
     case = {"parameters": f"{total / 1e9:.3g}e9", "models": MODELS, "dtype": "bf16"}
     yield from _rows(case | {"page cache": "kept"}, cached)
     yield from _rows(case | {"page cache": "evicted"}, evicted)
