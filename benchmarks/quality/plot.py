@@ -1,83 +1,78 @@
-"""Rows as charts: who is better than the linear merge, and task arithmetic over its lambda."""
+"""Rows as charts: language models by contestant, eight tasks over the lambda of task arithmetic."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-from contestants import BASE, LAMBDAS, LINEAR, OWN, TASK_ARITHMETIC
+from contestants import BASE, LAMBDAS, LINEAR, TASK_ARITHMETIC
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from rows import Row
 from summary import BETTER, Group, groups
-from tables import GEOMETRY
 
 _OURS = "karcher model, base"
-_ROW_HEIGHT = 4.2
-_WIDTH = 12
-_SETS_A_LINE = 3
+_LANGUAGE = "bits per byte"
+# What the chart of language models leaves to the tables: marks, and what nearly equals another.
+_LEFT_OUT = (BASE, "own expert", "geometry", LINEAR, "built-in karcher", "unit rows")
+_COLUMNS = 3
+_WIDTH, _HEIGHT = 5.0, 4.0
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Two panels for each set and size; different numbers of experts share them."""
+    """One panel of all language models, and one for each set and size of eight tasks."""
+    with_base = [group for group in groups(rows) if BASE in group.results]
+    language = [group for group in with_base if _LANGUAGE in group.metrics]
     panels: dict[str, list[Group]] = {}
-    for group in groups(rows):
-        width = f", width {group.case['width']}" if "width" in group.case else ""
-        panels.setdefault(f"{group.section}{width}", []).append(group)
+    for group in with_base:
+        if group not in language:
+            panels.setdefault(f"{group.section}, width {group.case['width']}", []).append(group)
     mpl.use("Agg")
-    lines = math.ceil(len(panels) / _SETS_A_LINE)
-    figure, axes = pyplot.subplots(
-        lines,
-        2 * _SETS_A_LINE,
-        figsize=(_WIDTH * _SETS_A_LINE, _ROW_HEIGHT * lines),
-        layout="constrained",
-        squeeze=False,
+    lines = -(-len(panels) // _COLUMNS)
+    figure = pyplot.figure(
+        figsize=(_WIDTH * _COLUMNS, _HEIGHT * (lines + 1.2)), layout="constrained"
     )
-    pairs = axes.reshape(-1, 2)
-    for unused in pairs[len(panels) :].flat:
-        unused.set_axis_off()
-    for (title, found), (left, right) in zip(panels.items(), pairs, strict=False):
-        # Accuracies of networks that do not share a start are all near chance: their loss tells.
-        shared = BASE in found[0].results
-        metric = found[0].metrics[0 if shared else -1]
-        _points(left, found, title, metric)
-        if shared:
-            _curves(right, found, metric)
-        else:
-            right.set_axis_off()
-    figure.savefig(path, dpi=64)
+    grid = figure.add_gridspec(lines + 1, _COLUMNS, height_ratios=[1.2] + [1] * lines)
+    if language:
+        _points(figure.add_subplot(grid[0, :]), language)
+    for index, (title, found) in enumerate(panels.items()):
+        axes = figure.add_subplot(grid[1 + index // _COLUMNS, index % _COLUMNS])
+        _curves(axes, found, title)
+    figure.savefig(path, dpi=72)
     pyplot.close(figure)
 
 
-def _points(axes: Axes, found: Sequence[Group], title: str, metric: str) -> None:
+def _points(axes: Axes, found: Sequence[Group]) -> None:
+    lambdas = [f"{TASK_ARITHMETIC} {value}" for value in LAMBDAS]
     names = [
         name
         for name in found[0].results
-        if name not in (GEOMETRY, OWN, LINEAR) and not name.startswith(TASK_ARITHMETIC)
+        if name not in lambdas and not name.startswith(_LEFT_OUT)
     ]
+    rows = [*names, f"best {TASK_ARITHMETIC}"]
     for number, group in enumerate(found):
-        estimates = [group.minus_linear(name, "mean", metric) for name in names]
+        best = min(lambdas, key=lambda name: group.estimate(name, "mean", _LANGUAGE).mean)
+        estimates = [group.minus_linear(name, "mean", _LANGUAGE) for name in [*names, best]]
         # Side by side, lest the error bars of one hide the others.
-        places = [place + 0.22 * (number - (len(found) - 1) / 2) for place in range(len(names))]
+        places = [place + 0.18 * (number - (len(found) - 1) / 2) for place in range(len(rows))]
         axes.errorbar(
             [estimate.mean for estimate in estimates],
             places,
             xerr=[estimate.error for estimate in estimates],
             fmt="o",
             capsize=3,
-            label=f"N = {group.case['N']}",
+            label=f"{group.section}, {group.case['parameters'] / 1e6:.3g}e6 parameters",
         )
     axes.axvline(0, color="grey", linewidth=1)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
-    axes.set_title(title)
-    axes.set_xlabel(_label(metric))
+    axes.set_title("Language models: bits per byte, minus those of linear (less is better)")
     axes.legend()
 
 
-def _curves(axes: Axes, found: Sequence[Group], metric: str) -> None:
+def _curves(axes: Axes, found: Sequence[Group], title: str) -> None:
+    metric = found[0].metrics[0]
     reach = 0.0
     for number, group in enumerate(found):
         colour = f"C{number}"
@@ -93,7 +88,7 @@ def _curves(axes: Axes, found: Sequence[Group], metric: str) -> None:
             yerr=[curve[place].error for place in places],
             capsize=3,
             color=colour,
-            label=f"task arithmetic, N = {group.case['N']}",
+            label=f"N = {group.case['N']}",
         )
         axes.plot(1 / group.case["N"], 0, "o", color=colour, label="" if number else "linear")
         place = group.estimate(_OURS, "effective_lambda").mean
@@ -104,11 +99,8 @@ def _curves(axes: Axes, found: Sequence[Group], metric: str) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, -2 * reach), min(high, 2 * reach))
     axes.axhline(0, color="grey", linewidth=1)
-    axes.set_xlabel("lambda")
-    axes.set_ylabel(_label(metric))
-    axes.legend(fontsize="small")
-
-
-def _label(metric: str) -> str:
+    axes.set_xlabel("lambda of task arithmetic")
     side = "more" if BETTER[metric] is max else "less"
-    return f"mean {metric}, minus that of linear ({side} is better)"
+    axes.set_ylabel(f"{metric} minus linear's ({side} is better)")
+    axes.set_title(title)
+    axes.legend(fontsize="small")
