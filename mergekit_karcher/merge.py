@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Literal, NamedTuple
@@ -53,10 +53,28 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """Inner products of the N inputs of a group: grams (R, N, N) and exponents (R, N) of two."""
+    """Inner products of the N inputs of a group: grams (R, N, N) and exponents (R, N) of two.
+
+    Where they are watched around a base, that is one more, the last.
+    """
 
     grams: NDArray[np.longdouble]
     exponents: NDArray[np.int64]
+
+    def first(self, count: int) -> Products:
+        """Those of the first so many vectors."""
+        return Products(self.grams[:, :count, :count], self.exponents[:, :count])
+
+    def over_rows(self) -> Products:
+        """One matrix for all rows together."""
+        exponents = self.exponents.max(0, keepdims=True)
+        shift = self.exponents - exponents
+        scaled = np.ldexp(self.grams, shift[:, :, None] + shift[:, None, :])
+        return Products(scaled.sum(0, keepdims=True), exponents)
+
+
+# Is told the inner products of a group, whole tensors, as soon as they are known.
+Watch = Callable[[Group, Products], None]
 
 
 def karcher_mean(
@@ -105,21 +123,39 @@ def karcher_mean(
 
 
 def merge(
-    groups: Sequence[Group], weights: Sequence[float], settings: Settings
+    groups: Sequence[Group],
+    weights: Sequence[float],
+    settings: Settings,
+    watch: Watch | None = None,
 ) -> tuple[list[torch.Tensor], KarcherMean]:
     """One output for each group, N inputs of the same weights in each.
 
     With granularity model the groups are the parts of N vectors, each tensor of which counts once,
-    as many groups as it may be in; otherwise there is one group.
+    as many groups as it may be in; otherwise there is one group. watch is told of inputs that have
+    a weight.
     """
+    job = _job(groups, weights, settings, watch)
+    *merged, mean = _Merge.apply(job, *job.tensors())  # type: ignore[no-untyped-call]
+    return merged, expanded(mean, positive(weights), len(weights))
+
+
+def measure(
+    group: Group, weights: Sequence[float], settings: Settings, watch: Watch | None
+) -> KarcherMean:
+    """The mean that `merge` would combine, without the output."""
+    job = _job([group], weights, settings, watch)
+    return expanded(job.mean(), positive(weights), len(weights))
+
+
+def _job(
+    groups: Sequence[Group], weights: Sequence[float], settings: Settings, watch: Watch | None
+) -> _Job:
     check_stopping(settings.max_iter, settings.tol)
     for group in groups:
         check_weights(weights, group.labels, group.name)
     chosen = positive(weights)
     taking_part = [taking(group, chosen) for group in groups]
-    job = _Job(taking_part, np.array([weights[index] for index in chosen]), settings)
-    *merged, mean = _Merge.apply(job, *job.tensors())  # type: ignore[no-untyped-call]
-    return merged, expanded(mean, chosen, len(weights))
+    return _Job(taking_part, np.array([weights[index] for index in chosen]), settings, watch)
 
 
 def positive(weights: Sequence[float]) -> list[int]:
@@ -137,6 +173,12 @@ def taking(group: Group, chosen: Sequence[int]) -> Group:
     return some
 
 
+def chosen_of(mean: KarcherMean, chosen: Sequence[int]) -> KarcherMean:
+    """The same for the chosen inputs only."""
+    index = list(chosen)
+    return replace(mean, coefficients=mean.coefficients[..., index], angles=mean.angles[index])
+
+
 def expanded(mean: KarcherMean, chosen: Sequence[int], count: int) -> KarcherMean:
     """The mean of count inputs of which only the chosen have a weight."""
     if len(chosen) == count:
@@ -148,9 +190,17 @@ def expanded(mean: KarcherMean, chosen: Sequence[int], count: int) -> KarcherMea
     return replace(mean, coefficients=coefficients, angles=angles)
 
 
-def products_of(group: Group, *, by_row: bool = False, exact: bool = False) -> Products:
-    """The inner products of the inputs of a group, or of their differences from its base."""
-    found = Products(*grams(group.tensors, base=group.base, by_row=by_row, exact=exact))
+def products_of(
+    group: Group, *, with_base: bool = False, by_row: bool = False, exact: bool = False
+) -> Products:
+    """The inner products of the inputs of a group, or of their differences from its base.
+
+    with_base: and, if there is one, those of the base itself.
+    """
+    with_base = with_base and group.base is not None
+    found = Products(
+        *grams(group.tensors, base=group.base, with_base=with_base, by_row=by_row, exact=exact)
+    )
     finite = np.isfinite(np.diagonal(found.grams, axis1=1, axis2=2)).all(0)
     for index in np.flatnonzero(~finite).tolist():
         for tensor, label in ((group.tensors[index], group.labels[index]), (group.base, "base")):
@@ -263,8 +313,15 @@ def _not_finite(tensor: torch.Tensor, label: str, name: str) -> KarcherError:
 class _Job:
     """What one call of `merge` works on, but for the tensors, which autograd hands in and keeps."""
 
-    def __init__(self, groups: Sequence[Group], weights: Floats, settings: Settings) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        weights: Floats,
+        settings: Settings,
+        watch: Watch | None,
+    ) -> None:
         self.groups, self.weights, self.settings = list(groups), weights, settings
+        self.watch = watch
         self.solved: list[Means] = []
         self.coefficients: Floats = np.empty((0, 0))
         self.counted = [*_counted(groups)]
@@ -291,14 +348,28 @@ class _Job:
             base = None if group.base is None else group.base[here]
             yield here, group._replace(tensors=[t[here] for t in group.tensors], base=base)
 
-    def means(self) -> Iterator[Means]:
+    def mean(self) -> KarcherMean:
+        """The mean, for all blocks together."""
+        self.solved = [*self._means()]
+        by_row = self.by_row(self.groups[0])
+        return gathered(self.solved, self.coefficients if by_row else self.coefficients[0])
+
+    def _products(self, group: Group, *, by_row: bool, exact: bool) -> Products:
+        watched = self.watch is not None
+        return products_of(group, with_base=watched, by_row=by_row, exact=exact)
+
+    def _means(self) -> Iterator[Means]:
         """The means, block after block."""
+        count = len(self.weights)
         if self.settings.granularity == "model":
-            parts = [
-                products_of(group, exact=needs_exact(group.tensors))
-                for group, counts in zip(self.groups, self.counted, strict=True)
-                if counts
-            ]
+            parts = []
+            for group, counts in zip(self.groups, self.counted, strict=True):
+                if counts:
+                    exact = needs_exact(group.tensors)
+                    products = self._products(group, by_row=False, exact=exact)
+                    parts.append(products.first(count))
+                    if self.watch is not None:
+                        self.watch(group, products)
             means = _solved(total(parts), self.weights, self.settings)
             self.coefficients = means.coefficients
             yield means
@@ -308,18 +379,23 @@ class _Job:
         # One array for the coefficients of all rows: with many of them, two would be felt.
         rows = group.tensors[0].shape[0] if self.by_row(group) else 1
         self.coefficients = np.empty((rows, len(group.tensors)))
+        seen = []
         for here, block in self.blocks(group):
-            products = products_of(block, by_row=self.by_row(group), exact=exact)
-            means = _solved(products, self.weights, self.settings)
+            products = self._products(block, by_row=self.by_row(group), exact=exact)
+            means = _solved(products.first(count), self.weights, self.settings)
             single = any(tensor.dtype == torch.float32 for tensor in block.tensors)
             if single and not exact and np.any(means.angles > _WIDE_ANGLE):
-                products = products_of(block, by_row=self.by_row(group), exact=True)
-                means = _solved(products, self.weights, self.settings)
+                products = self._products(block, by_row=self.by_row(group), exact=True)
+                means = _solved(products.first(count), self.weights, self.settings)
+            if self.watch is not None:
+                seen.append(products.over_rows())
             own = self.coefficients[here]
             own[:] = means.coefficients
             # The largest of the rows is all that is told of their angles.
             angles = np.fmax.reduce(means.angles, axis=0, keepdims=True)
             yield replace(means, angles=angles, coefficients=own)
+        if self.watch is not None:
+            self.watch(group, total(seen))
 
     def pulled_back(self, products: Products, block: int) -> Floats:
         """What `pull_back` says of a block, for each input (R, N, N + 1) over the inputs and v."""
@@ -357,9 +433,7 @@ class _Merge(torch.autograd.Function):
         # Kept for the check that nobody changed them before the backward pass.
         ctx.save_for_backward(*tensors)
         ctx.job = job
-        job.solved = [*job.means()]
-        (first, *_) = job.groups
-        mean = gathered(job.solved, job.coefficients if job.by_row(first) else job.coefficients[0])
+        mean = job.mean()
         outputs = [combined(group, mean.coefficients) for group in job.groups]
         return (*outputs, mean)
 

@@ -15,10 +15,13 @@ from mergekit_karcher.merge import (
     Group,
     Products,
     Settings,
+    Watch,
     check_stopping,
     check_weights,
+    chosen_of,
     combined,
     mean_of_products,
+    measure,
     merge,
     needs_exact,
     positive,
@@ -26,7 +29,8 @@ from mergekit_karcher.merge import (
     taking,
     total,
 )
-from mergekit_karcher.summary import label, record, warn_of_16_bits
+from mergekit_karcher.observe import observed
+from mergekit_karcher.summary import is_watched, label, observe, record, warn_of_16_bits
 
 # The second is a name that only we have: a config that uses it never falls back to the built-in.
 NAMES = ("karcher", "karcher_mean")
@@ -137,19 +141,35 @@ def build_method(name: str) -> Any:
             """One output tensor, with the mean that the whole model has if there is one."""
             own, weights = self._inputs(group, weight, parameters["origin"])
             if mean is None:
-                (merged,), mean = merge([own], weights, settings_of(parameters))
+                watch = self._watch(group, own, weights)
+                (merged,), mean = merge([own], weights, settings_of(parameters), watch)
+                record(own, chosen_of(mean, positive(weights)))
             else:
                 merged = combined(taking(own, positive(weights)), mean.coefficients)
-            record(own.name, mean, len(own.tensors) + (own.base is not None))
+                record(own, mean)
             return merged
+
+        def measure(
+            self, group: TensorGroup, /, *, weight: PerInputValues, **parameters: Any
+        ) -> None:
+            """The mean of one tensor, recorded like that of a merge, without an output."""
+            own, weights = self._inputs(group, weight, parameters["origin"])
+            watch = self._watch(group, own, weights)
+            mean = measure(own, weights, settings_of(parameters), watch)
+            record(own, chosen_of(mean, positive(weights)))
 
         def products(
             self, group: TensorGroup, /, *, weight: PerInputValues, **parameters: Any
         ) -> Products:
             """One tensor's part of the whole model's Gram matrix, of inputs that have a weight."""
             own, weights = self._inputs(group, weight, parameters["origin"])
+            watch = self._watch(group, own, weights)
             own = taking(own, positive(weights))
-            return products_of(own, exact=needs_exact(own.tensors))
+            exact = needs_exact(own.tensors)
+            products = products_of(own, with_base=watch is not None, exact=exact)
+            if watch is not None:
+                watch(own, products)
+            return products.first(len(own.tensors))
 
         def mean(
             self, parts: Sequence[Products], weights: Sequence[float], **parameters: Any
@@ -173,6 +193,22 @@ def build_method(name: str) -> Any:
             if base is not None:
                 warn_of_16_bits(tensor_name, {str(t.dtype) for t in (*tensors, base)})
             return Group(tensor_name, tensors, labels, base), weights
+
+        def _watch(self, group: TensorGroup, own: Group, weights: Sequence[float]) -> Watch | None:
+            """What tells the report on the merge under way, if there is to be one."""
+            if not is_watched(own.name):
+                return None
+            around_base = own.base is not None
+            entries = group.non_base if around_base else group.entries
+            chosen = positive(weights)
+            names = [str(entries[index].id) for index in chosen]
+            base = str(group.base.id) if group.base is not None else None
+
+            def watch(taking_part: Group, products: Products) -> None:
+                own_weights = [weights[index] for index in chosen]
+                observe(observed(taking_part, products, names, own_weights, base))
+
+            return watch
 
         def _execute(
             self,
@@ -198,7 +234,7 @@ def build_method(name: str) -> Any:
             weights = owns[0][1]
             merged, mean = merge([own for own, _ in owns], weights, settings_of(parameters[0]))
             for own, _ in owns:
-                record(own.name, mean, len(own.tensors) + (own.base is not None))
+                record(own, mean)
             return tuple(merged if out_dtype is None else [t.to(dtype=out_dtype) for t in merged])
 
     return KarcherMerge()

@@ -7,12 +7,18 @@ import functools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
+
+import click
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.merge import check_weights
 from mergekit_karcher.method import NAMES, check_uniform, no_base
-from mergekit_karcher.summary import begin, label
+from mergekit_karcher.report.files import make_folder
+from mergekit_karcher.report.planned import planned_of
+from mergekit_karcher.report.task import with_report
+from mergekit_karcher.summary import Stage, begin, label
 from mergekit_karcher.whole_model import found_by, loads_of, with_one_mean
 
 _LOG = logging.getLogger(__name__)
@@ -93,7 +99,23 @@ def _looked_at(tasks: Any, config: Any, out_path: str) -> Any:
     """The plan, checked, its summary begun, and rebuilt where a mean needs all tensors."""
     if config.merge_method not in NAMES:
         return tasks
-    stage = begin(os.path.basename(os.path.abspath(out_path)))
+    title = os.path.basename(os.path.abspath(out_path))
+    folder = _report_folder(title)
+    merges, stage = looked_at(tasks, title, watched=folder is not None)
+    first = next(iter(merges), None)
+    if first is not None and first.base_model in first.model_order:
+        _say_what_the_base_does(merges)
+    if any(task.parameters["granularity"] == "model" for task in merges):
+        tasks = with_one_mean(tasks, merges)
+    if folder is not None:
+        make_folder(folder)
+        tasks = with_report(tasks, planned_of(config, merges, config.merge_method), stage, folder)
+    return tasks
+
+
+def looked_at(tasks: Any, title: str, *, watched: bool) -> tuple[list[Any], Stage]:
+    """The merge tasks of our method in a plan, checked, and the summary that they begin."""
+    stage = begin(title, watched=watched)
     merges = [*_merge_tasks(tasks)]
     for task in merges:
         name = task.output_weight.name
@@ -107,13 +129,19 @@ def _looked_at(tasks: Any, config: Any, out_path: str) -> Any:
         weights = [task.input_parameters[model]["weight"] for model in models]
         check_weights(weights, [label(name, str(model)) for model in models], name)
         _check_presence(task, models)
-    first = next(iter(merges), None)
-    if first is not None and first.base_model in first.model_order:
-        _say_what_the_base_does(merges)
     if any(task.parameters["granularity"] == "model" for task in merges):
         check_uniform([{"weight": _weights(task), **task.parameters} for task in merges])
-        return with_one_mean(tasks, merges)
-    return tasks
+    return merges, stage
+
+
+def _report_folder(title: str) -> Path | None:
+    """Where the environment asks for a report on the merge of that name."""
+    asked = os.environ.get("MERGEKIT_KARCHER_REPORT")
+    if not asked:
+        return None
+    context = click.get_current_context(silent=True)
+    stages = context is not None and context.command.name == "mergekit-multi"
+    return Path(asked) / title if stages else Path(asked)
 
 
 def _weights(task: Any) -> dict[str, float]:

@@ -12,6 +12,8 @@ import click
 import numpy as np
 
 from mergekit_karcher.maths.mean import KarcherMean, Status
+from mergekit_karcher.merge import Group
+from mergekit_karcher.observe import Observation
 
 _LOG = logging.getLogger(__name__)
 
@@ -19,10 +21,17 @@ _NAMES_SHOWN = 5
 
 
 class Stage:
-    """The tensors that one planned merge has produced so far; safe to record from any thread."""
+    """The tensors that one planned merge has produced so far; safe to record from any thread.
 
-    def __init__(self, title: str) -> None:
+    watched: whether to keep what a report needs, observations and means (over the inputs that have
+    a weight), by output tensor.
+    """
+
+    def __init__(self, title: str, watched: bool) -> None:
         self.title = title
+        self.watched = watched
+        self.observations: dict[str, Observation] = {}
+        self.means: dict[str, KarcherMean] = {}
         # For each output tensor still to come, the models that take part, and what they call it.
         self.inputs: dict[str, dict[str, str]] = {}
         self._lock = threading.Lock()
@@ -35,11 +44,17 @@ class Stage:
         }
         self._incomplete: list[str] = []
 
+    def observe(self, observation: Observation) -> None:
+        with self._lock:
+            self.observations[observation.name] = observation
+
     def record(self, name: str, mean: KarcherMean, present: int) -> None:
         with self._lock:
             inputs = self.inputs.pop(name, None)
             if inputs is None:  # of another merge, not of this plan
                 return
+            if self.watched:
+                self.means[name] = mean
             self._merged += 1
             if not np.isnan(mean.angles).all():
                 self._largest_angle = max(self._largest_angle, float(np.nanmax(mean.angles)))
@@ -80,14 +95,14 @@ _current: Stage | None = None
 _warned_of: object = _LOG
 
 
-def begin(title: str) -> Stage:
+def begin(title: str, *, watched: bool = False) -> Stage:
     """Start the summary of a merge that has been planned; later records belong to it.
 
     Inside one of mergekit's own commands it is printed when the command ends well, unless it was
     told to be quiet. A line printed during the merge would land on the progress bar.
     """
     global _current
-    _current = Stage(title)
+    _current = Stage(title, watched)
     context = click.get_current_context(silent=True)
     mergekits = context is not None and (context.command.name or "").startswith("mergekit-")
     if context is not None and mergekits and not context.params.get("quiet"):
@@ -105,10 +120,22 @@ def label(name: str, model: str) -> str:
     return model if own == name else f"{model} (there {own})"
 
 
-def record(name: str, mean: KarcherMean, present: int) -> None:
-    """Count one merged tensor that so many models had, if a planned merge is under way."""
+def is_watched(name: str) -> bool:
+    """Whether a report is to be written on the merge that this output tensor belongs to."""
+    return _current is not None and _current.watched and name in _current.inputs
+
+
+def observe(observation: Observation) -> None:
+    """Keep an observation for that report."""
     if _current is not None:
-        _current.record(name, mean, present)
+        _current.observe(observation)
+
+
+def record(group: Group, mean: KarcherMean) -> None:
+    """Count one merged tensor, if a planned merge is under way."""
+    if _current is not None:
+        present = len(group.tensors) + (group.base is not None)
+        _current.record(group.name, mean, present)
 
 
 def warn_of_16_bits(name: str, dtypes: Iterable[str]) -> None:

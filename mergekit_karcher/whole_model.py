@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from mergekit_karcher.maths.mean import KarcherMean
-from mergekit_karcher.merge import Products
 
 
 @cache
@@ -45,7 +44,7 @@ def _task_types() -> SimpleNamespace:
         def uses_accelerator(self) -> bool:
             return True
 
-        def execute(self, tensors: dict[Any, Any], **_: Any) -> Products | None:
+        def execute(self, tensors: dict[Any, Any], **_: Any) -> Any:
             task = self.merge_task
             entries = tuple(
                 TensorEntry(model, tensor, is_base=model == task.base_model)
@@ -57,10 +56,20 @@ def _task_types() -> SimpleNamespace:
             group = TensorGroup(entries, TensorMetadata.from_weight_info(task.output_weight))
             group.validate_tensors()
             weight = [(e.id, task.input_parameters[e.id]["weight"]) for e in entries]
-            products: Products = merge_methods.get(task.method_name).products(
-                group, **dict(task.parameters.items()), weight=PerInputValues(weight)
+            return self.result(
+                merge_methods.get(task.method_name),
+                group,
+                {**dict(task.parameters.items()), "weight": PerInputValues(weight)},
             )
-            return products
+
+        def result(self, method: Any, group: TensorGroup, parameters: dict[str, Any]) -> Any:
+            return method.products(group, **parameters)
+
+    class TensorMean(TensorProducts):
+        """The mean of one merge task's inputs, not combined; None for a buffer."""
+
+        def result(self, method: Any, group: TensorGroup, parameters: dict[str, Any]) -> Any:
+            return method.measure(group, **parameters)
 
     class ModelMean(Task[Any]):  # type: ignore[misc]
         """The mean of the whole model. Equal only to itself: comparing its parts is slow."""
@@ -132,8 +141,29 @@ def _task_types() -> SimpleNamespace:
             return self.merge_task.model_copy(update={"parameters": known}).execute(tensors=tensors)
 
     return SimpleNamespace(
-        TensorProducts=TensorProducts, ModelMean=ModelMean, CombineWithMean=CombineWithMean
+        TensorProducts=TensorProducts,
+        TensorMean=TensorMean,
+        ModelMean=ModelMean,
+        CombineWithMean=CombineWithMean,
     )
+
+
+def means_only(merges: Sequence[Any]) -> list[Any]:
+    """Tasks that find the means of a plan's merge tasks, and combine nothing.
+
+    One for each of them, or with granularity model a single one for all.
+    """
+    types = _task_types()
+    if any(task.parameters["granularity"] == "model" for task in merges):
+        return [_mean_of(merges)]
+    return [types.TensorMean(merge_task=task) for task in merges]
+
+
+def _mean_of(merges: Sequence[Any]) -> Any:
+    types = _task_types()
+    counted = [task for task in merges if not only_tied(task)]
+    parts = tuple(types.TensorProducts(merge_task=task) for task in counted)
+    return types.ModelMean(parts=parts)
 
 
 def with_one_mean(tasks: Sequence[Any], merges: Sequence[Any]) -> list[Any]:
@@ -142,9 +172,7 @@ def with_one_mean(tasks: Sequence[Any], merges: Sequence[Any]) -> list[Any]:
     Tied weights, which a checkpoint has once and the plan reads twice, count once.
     """
     types = _task_types()
-    counted = [task for task in merges if not _only_tied(task)]
-    parts = tuple(types.TensorProducts(merge_task=task) for task in counted)
-    mean = types.ModelMean(parts=parts)
+    mean = _mean_of(merges)
     planned = {id(task) for task in merges}
     changed: dict[int, Any] = {}
     for task in tasks:
@@ -190,7 +218,7 @@ def _place(load: Any) -> str | None:
     return name
 
 
-def _only_tied(task: Any) -> bool:
+def only_tied(task: Any) -> bool:
     """Whether every model has this tensor only as another one that it is tied to."""
     tied = [(load, getattr(load, "tied_names", None) or ()) for _, load in loads_of(task)]
     return all(names and _place(load) in names for load, names in tied)

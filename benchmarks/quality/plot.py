@@ -46,9 +46,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def _points(axes: Axes, found: Sequence[Group]) -> None:
     lambdas = [f"{TASK_ARITHMETIC} {value}" for value in LAMBDAS]
     names = [
-        name
-        for name in found[0].results
-        if name not in lambdas and not name.startswith(_LEFT_OUT)
+        name for name in found[0].results if name not in lambdas and not name.startswith(_LEFT_OUT)
     ]
     rows = [*names, f"best {TASK_ARITHMETIC}"]
     for number, group in enumerate(found):

@@ -28,6 +28,7 @@ sys.path.pop()
 
 import classify
 import language
+import smollm
 from contestants import BASE, OWN, WITH_BASE, WITHOUT_BASE
 from geometry import effective_lambda, geometry
 from plot import plot
@@ -49,11 +50,13 @@ def sets(quick: bool) -> dict[str, Make]:
         eight = replace(eight, widths=(16,), counts=(2, 8), base=few, expert=few)
         eight_long = replace(eight, expert=replace(few, steps=18))
         single = replace(single, steps=9)
+    smol = smollm.Sizes(expert_steps=2, windows=1) if quick else smollm.Sizes()
     members, width = (3, 16) if quick else (10, 256)
     makes: dict[str, Callable[[str, int, Path], Iterator[Problem]]] = {
         "demo": partial(language.problems, llama),
         "demo, larger": partial(language.problems, replace(llama, width=2)),
         "demo, long": partial(language.problems, replace(llama, expert_steps=long_steps)),
+        "SmolLM2-135M": partial(smollm.problems, smol),
         "eight tasks": partial(classify.eight_tasks, eight),
         "eight tasks, long": partial(classify.eight_tasks, eight_long),
         "different initialisations": partial(classify.independent, members, width, single),

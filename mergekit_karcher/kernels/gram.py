@@ -35,6 +35,7 @@ def grams(
     tensors: Sequence[torch.Tensor],
     *,
     base: torch.Tensor | None = None,
+    with_base: bool = False,
     by_row: bool = False,
     exact: bool = False,
 ) -> tuple[NDArray[np.longdouble], NDArray[np.int64]]:
@@ -43,7 +44,8 @@ def grams(
     Returns G (R, N, N) and exponents e (R, N), on the host, with
     <W_ri, W_rj> = G_rij 2^(e_ri + e_rj): one matrix (R = 1) of the whole tensors, or with by_row
     one of each index of the first axis. With a base of the same shape and device, W_i is tensor i
-    minus the base, rounded to float64 and subtracted a chunk at a time.
+    minus the base, rounded to float64 and subtracted a chunk at a time; with_base adds the base
+    itself as one more vector, the last.
 
     Products of float16, bfloat16 and float32 values are exact in float64, so only their sum rounds:
     to a few units of float64 for float32, to less for 16-bit values, which leave spare bits. With
@@ -55,7 +57,8 @@ def grams(
     One transfer to the host, at the end.
     """
     everything = [*tensors, *(() if base is None else (base,))]
-    count, held, size = len(tensors), len(everything), tensors[0].numel()
+    held, size = len(everything), tensors[0].numel()
+    count = held if with_base else len(tensors)
     rows = tensors[0].shape[0] if by_row else 1
     if size == 0:
         return np.zeros((rows, count, count), np.longdouble), np.zeros((rows, count), np.int64)
@@ -76,7 +79,7 @@ def grams(
         if view.dtype == torch.float64 or base is not None:
             exponents[:, column] = _exponents(view, pieces, rows, device)
     if base is not None:
-        exponents = torch.maximum(exponents[:, :count], exponents[:, count:])
+        exponents = torch.maximum(exponents, exponents[:, -1:])[:, :count]
     scales = torch.ldexp(torch.ones_like(exponents), -exponents)
     workers = worker_count(device, len(pieces))
     buffers = torch.empty(workers, 1 + split, held * padded, dtype=torch.float64, device=device)
@@ -99,9 +102,9 @@ def grams(
             # One call for all N: thousands of copies a tensor would pay for the calls.
             filled = [part[:, :width].view(parts[0].shape) for part in x]
             torch._foreach_copy_(filled, parts)
-            x, h = x[:count], h[:count]
             if base is not None:
-                x.sub_(buffers[worker, 0, : held * height * used].view(held, height, used)[count])
+                x[:-1].sub_(x[-1])
+            x, h = x[:count], h[:count]
             if scaled:
                 x.mul_(scales[here].T[:, :, None])
             if split:

@@ -259,6 +259,16 @@ def means_of_grams(
     return means
 
 
+def angles_to_point(distances: Floats, coefficients: Floats) -> Floats:
+    """Radians from each of N unit vectors to the direction of sum c_i p_i, (N,).
+
+    distances: (N, N), |p_i - p_j|^2. NaN where that sum is zero to rounding.
+    """
+    points = _Spheres(distances[None], np.ones((1, len(distances)))).points(coefficients[None])
+    angles: Floats = points.terms.theta[0]
+    return angles if bool(points.valid[0]) else np.full_like(angles, np.nan)
+
+
 @dataclass(frozen=True, eq=False)
 class _Points:
     """Points x = sum_i c_i p_i, one on each sphere, and what the descent needs to know there."""

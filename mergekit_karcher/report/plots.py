@@ -1,0 +1,155 @@
+"""Pictures of a report: angles by layer and module, by pair of models, and lengths by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mergekit_karcher.report.kinds import ORDER
+from mergekit_karcher.report.schema import Matrix, Report, Tensor, View
+
+_DPI = 100
+# Cells of the matrix of models are labelled with their angle up to this many models.
+_LABELLED = 10
+
+
+TITLES = {
+    "angles.png": "Largest angle between two models, by layer and module",
+    "models.png": "Angles between the models",
+    "lengths.png": "Length that plain averaging loses, by layer",
+}
+
+
+def draw(report: Report, folder: Path) -> None:
+    """Write the PNG files of TITLES. Raises ImportError where matplotlib is not installed."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    makers = {"angles.png": _heat_map, "models.png": _models, "lengths.png": _lengths}
+    for file, make in makers.items():
+        figure = make(report, TITLES[file])
+        figure.savefig(folder / file, dpi=_DPI, bbox_inches="tight")
+        pyplot.close(figure)
+
+
+def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        panels, 1, figsize=(width, height), layout="constrained", squeeze=False
+    )
+    return figure, list(axes[:, 0])
+
+
+def _layers(report: Report) -> list[int | None]:
+    """Layers in order; None stands for tensors outside of them, and comes first."""
+    found = {tensor.layer for tensor in report.tensors}
+    numbers: list[int | None] = [*sorted(layer for layer in found if layer is not None)]
+    return [None, *numbers] if None in found else numbers
+
+
+def _labels(axes: Any, layers: Sequence[int | None]) -> None:
+    """Every layer that there is room for, and those outside as a dash."""
+    step = max(1, math.ceil(len(layers) / 25))
+    places = [p for p, layer in enumerate(layers) if layer is None or layer % step == 0]
+    labels = ["-" if layers[p] is None else str(layers[p]) for p in places]
+    axes.set_xticks(places, labels)
+    axes.set_xlabel("layer (- : outside of the layers)" if None in layers else "layer")
+
+
+def _largest(report: Report, tensors: Sequence[Tensor]) -> float:
+    angles = []
+    for tensor in tensors:
+        view = tensor.view("zero")
+        if view is not None:
+            angles += view.pairs(report.apart)
+    return math.degrees(max(angles)) if angles else math.nan
+
+
+def _cell(tensors: Sequence[Tensor], kind: str, layer: int | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor.kind == kind and tensor.layer == layer]
+
+
+def _heat_map(report: Report, title: str) -> Any:
+    layers = _layers(report)
+    kinds = [kind for kind in ORDER if any(tensor.kind == kind for tensor in report.tensors)]
+    cells = [[_largest(report, _cell(report.tensors, k, la)) for la in layers] for k in kinds]
+    width = min(14.0, 4.5 + 0.3 * len(layers))
+    figure, (axes,) = _figure(width, 1.6 + 0.32 * len(kinds))
+    image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=0)
+    axes.set_yticks(range(len(kinds)), kinds)
+    _labels(axes, layers)
+    axes.set_title(title, wrap=True)
+    figure.colorbar(image, ax=axes, label="degrees")
+    return figure
+
+
+def _models(report: Report, title: str) -> Any:
+    views: list[tuple[str, View]] = [("as seen from zero", report.whole)]
+    if report.whole_tasks is not None:
+        views.append(("as seen from the base (task vectors)", report.whole_tasks))
+    size = max(3.2, 0.55 * len(report.models) + 1.5)
+    figure, panels = _figure(size + 1.2, (size + 0.8) * len(views), len(views))
+    for axes, (origin, view) in zip(panels, views, strict=True):
+        there = [place for place, norm in enumerate(view.norms) if norm]
+        names = [f"{report.models[place].name} ({place + 1})" for place in there]
+        _matrix(figure, axes, names, [[view.angles[i][j] for j in there] for i in there])
+        # Names stand beside the rows; the columns have the same order.
+        axes.set_xticks(range(len(there)), [str(place + 1) for place in there])
+        axes.set_title(f"{title},\n{origin}" if axes is panels[0] else origin)
+    return figure
+
+
+def _matrix(figure: Any, axes: Any, names: Sequence[str], angles: Matrix) -> None:
+    degrees = [[math.nan if a is None else math.degrees(a) for a in row] for row in angles]
+    largest = max((value for row in degrees for value in row if value == value), default=0.0)
+    image = axes.imshow(degrees, cmap="viridis", vmin=0, vmax=largest or 1.0)
+    axes.set_yticks(range(len(names)), names)
+    for row, values in enumerate(degrees if len(names) <= _LABELLED else ()):
+        for column, value in enumerate(values):
+            if row != column and value == value:
+                colour = "black" if value > 0.6 * largest else "white"
+                axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour)
+    figure.colorbar(image, ax=axes, label="degrees", shrink=0.8)
+
+
+def _lengths(report: Report, title: str) -> Any:
+    origins = ["zero", *(["base"] if report.whole_tasks is not None else [])]
+    layers = _layers(report)
+    width = min(14.0, 5.5 + 0.2 * len(layers))
+    figure, panels = _figure(width, 3.4 * len(origins), len(origins))
+    for axes, origin in zip(panels, origins, strict=True):
+        for number, kind in enumerate(ORDER):
+            lost = [_lost(_cell(report.tensors, kind, layer), origin) for layer in layers]
+            if any(value == value for value in lost):
+                # No line leads from what is outside of the layers to the first of them.
+                inside = range(layers[0] is None, len(layers))
+                marker = "o" if number % 2 else "s"
+                (line,) = axes.plot(
+                    inside,
+                    [lost[place] for place in inside],
+                    f"{marker}-",
+                    markersize=4,
+                    linewidth=1,
+                    label=kind,
+                )
+                if layers[0] is None:
+                    axes.plot(0, lost[0], marker, markersize=4, color=line.get_color())
+        _labels(axes, layers)
+        axes.set_ylabel("% of the length")
+        axes.set_ylim(bottom=0)
+        what = "of the weights" if origin == "zero" else "of the task vectors"
+        axes.set_title(f"{title}: {what}" if axes is panels[0] else what)
+        axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize="small")
+    return figure
+
+
+def _lost(tensors: Sequence[Tensor], origin: str) -> float:
+    views = [view for tensor in tensors if (view := tensor.view(origin)) is not None]
+    kept = [view.linear_length for view in views if view.linear_length is not None]
+    return 100 * (1 - median(kept)) if kept else math.nan

@@ -1,0 +1,169 @@
+"""The report on a config without its merge: mergekit's planner and loaders, and one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.maths.mean import KarcherMean
+from mergekit_karcher.method import NAMES
+from mergekit_karcher.plan import check_parameter_names, looked_at
+from mergekit_karcher.plugin import register
+from mergekit_karcher.report.build import build
+from mergekit_karcher.report.planned import planned_of
+from mergekit_karcher.report.schema import Report
+from mergekit_karcher.whole_model import means_only
+
+_OURS = "karcher"
+# What our method reads of the config of another one.
+_SHARED_WITH_OTHERS = ("weight",)
+
+
+def report_on(path: Path, options: Any) -> Report:
+    """Read a config and all its weights once, and report.
+
+    path: a config of mergekit-yaml or mergekit-pytorch, of any merge method: of another one the
+    models, weights and base are taken, the base as origin if it and two more models are there.
+    options: mergekit's MergeOptions. Holds one tensor of each model at a time.
+    Raises `KarcherError` for what a merge with our method would refuse.
+    """
+    register()
+    document = _document(path)
+    asked_for = str(document.get("merge_method"))
+    if asked_for not in NAMES:
+        document = _as_ours(document)
+    raw = all(Path(model).is_file() for model in _paths(document)) and "models" in document
+    config, tasks = (_planned_raw if raw else _planned)(document, options)
+    merges, stage = looked_at(tasks, path.name, watched=True)
+    if not merges:
+        raise KarcherError(f"There is nothing to report on in {path}: it merges no tensor.")
+    planned = planned_of(config, merges, asked_for)
+    if all(len(task.model_order) < 2 for task in merges):
+        raise KarcherError(
+            f"There is nothing to compare in {path}: every tensor comes from one model."
+        )
+    found = [*_executed(means_only(merges), options)]
+    means = dict(stage.means)
+    if isinstance(found[0], KarcherMean):
+        means = dict.fromkeys(stage.observations, found[0])
+    return build(planned, stage.observations, means)
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise KarcherError(f"{path} is not valid YAML: {where}.") from None
+    if len(documents) != 1:
+        raise KarcherError(
+            f"{path} has {len(documents)} documents: a report is on one merge, so give the stage "
+            "of mergekit-multi that it should be on."
+        )
+    if not isinstance(documents[0], dict) or "merge_method" not in documents[0]:
+        raise KarcherError(f"{path} is no config of mergekit: it has no merge_method.")
+    return documents[0]
+
+
+def _paths(part: Any) -> Iterator[str]:
+    """Every model that a config names."""
+    if isinstance(part, list):
+        for item in part:
+            yield from _paths(item)
+    elif isinstance(part, dict):
+        for key, value in part.items():
+            if key in ("model", "base_model") and isinstance(value, str):
+                yield value
+            else:
+                yield from _paths(value)
+
+
+def _as_ours(document: dict[str, Any]) -> dict[str, Any]:
+    """The config of another method as one of ours."""
+    base = document.get("base_model")
+    others = set(_paths(document)) - {base}
+    ours: dict[str, Any] = _stripped(document) | {"merge_method": _OURS}
+    if base and len(others) > 1:
+        ours["parameters"] = ours.get("parameters", {}) | {"origin": "base"}
+    return ours
+
+
+def _stripped(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_stripped(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    return {
+        key: {k: v for k, v in (value or {}).items() if k in _SHARED_WITH_OTHERS}
+        if key == "parameters"
+        else _stripped(value)
+        for key, value in part.items()
+    }
+
+
+def _planned(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]]:
+    from mergekit.architecture import get_architecture_info
+    from mergekit.config import MergeConfiguration
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.plan import MergePlanner
+
+    config = _validated(MergeConfiguration, document)
+    models = config.referenced_models()
+    if not models:
+        raise KarcherError("The config names no model: give it models, slices or modules.")
+    cache = LoaderCache()
+    cache.setup(options=options)
+    for model in tqdm(models, desc="Warmup loader cache", disable=options.quiet):
+        cache.get(model)
+    planner = MergePlanner(
+        config,
+        get_architecture_info(config, options),
+        options=options,
+        out_model_config=models[0].config(trust_remote_code=options.trust_remote_code),
+    )
+    check_parameter_names(config, planner._method)
+    # Without what is added to the plan of a merge. The tasks that would write are not run.
+    # (plan_in_memory of mergekit 0.1.5 does not validate its own tasks.)
+    plan = MergePlanner.plan_to_disk.__wrapped__
+    return config, plan(planner, "")
+
+
+def _planned_raw(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]]:
+    from mergekit import merge_methods
+    from mergekit.scripts import merge_raw_pytorch
+
+    config = _validated(merge_raw_pytorch.RawPyTorchMergeConfig, document)
+    check_parameter_names(config, merge_methods.get(config.merge_method))
+    plan = merge_raw_pytorch.plan_flat_merge.__wrapped__
+    tasks = plan(config, "", tensor_union=True, tensor_intersection=False, options=options)
+    # mergekit plans these in the order of a set.
+    return config, sorted(tasks, key=lambda task: getattr(task, "tensor_name", ""))
+
+
+def _validated(kind: Any, document: dict[str, Any]) -> Any:
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = f"The config is not one that mergekit reads: {place}: {first['msg']}."
+        raise KarcherError(message) from None
+
+
+def _executed(tasks: Sequence[Any], options: Any) -> Iterator[Any]:
+    from mergekit.graph import Executor
+    from mergekit.multigpu_executor import MultiGPUExecutor
+
+    if options.multi_gpu:
+        storage = None if options.low_cpu_memory else "cpu"
+        executor = MultiGPUExecutor(targets=tasks, storage_device=storage)
+    else:
+        executor = Executor(targets=tasks, math_device=options.device)
+    for _, value in executor.run(quiet=options.quiet):
+        yield value

@@ -1,0 +1,122 @@
+"""The table and the verdict, for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from mergekit_karcher.report.schema import Kind, Report
+from mergekit_karcher.report.verdict import NOISE, output_dtype
+
+
+def _angle(value: float | None) -> str:
+    return "" if value is None else f"{math.degrees(value):.3g}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.3g}"
+
+
+def _lost(length: float | None) -> str:
+    return "" if length is None else f"{100 * (1 - length):.2g}"
+
+
+def _task_angle(kind: Kind) -> str:
+    noise = kind.task_rounding_median
+    return "noise" if noise is not None and noise >= NOISE else _angle(kind.task_angle_median)
+
+
+Column = tuple[str, Callable[[Kind], str]]
+
+_COLUMNS: Sequence[Column] = (
+    ("tensors", lambda kind: str(kind.tensors)),
+    ("angle, median", lambda kind: _angle(kind.angle_median)),
+    ("largest", lambda kind: _angle(kind.angle_largest)),
+    ("spread", lambda kind: _angle(kind.spread_median)),
+    ("lost, %", lambda kind: _lost(kind.linear_length_median)),
+    ("to linear", lambda kind: _number(kind.linear_gap_largest)),
+    ("not unique", lambda kind: str(kind.not_unique)),
+)
+_TASK_COLUMNS: Sequence[Column] = (
+    ("task angle", _task_angle),
+    ("kept, %", lambda kind: _percent(kind.task_linear_length_median)),
+    ("rounding, %", lambda kind: _percent(kind.task_rounding_median)),
+)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}"
+
+
+def _columns(report: Report) -> list[Column]:
+    return [*_COLUMNS, *(_TASK_COLUMNS if report.whole_tasks else ())]
+
+
+def legend(report: Report) -> str:
+    """What the columns of the table are."""
+    words = (
+        "Angles in degrees, between every two models, tensor by tensor; spread: to the mean. "
+        "Lost: the length that plain averaging loses. To linear: the largest difference between "
+        "Karcher and averaging scaled to the same length, 1 being what rounding to "
+        f"{output_dtype(report)} changes."
+    )
+    if report.whole_tasks:
+        words += (
+            " Task angle: between differences from the base; kept: the length of them that plain "
+            "averaging keeps; rounding: how much of them may be rounding of the files (from "
+            f"{100 * NOISE:.0f} % on, noise)."
+        )
+    return words
+
+
+def markdown_table(report: Report) -> str:
+    """One line for each kind of module."""
+    columns = _columns(report)
+    lines = [
+        ["module", *(title for title, _ in columns)],
+        ["---", *["---:"] * len(columns)],
+        *([kind.kind, *(cell(kind) for _, cell in columns)] for kind in report.kinds),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def models_line(report: Report) -> str:
+    """Who is compared."""
+    names = [model.name + (" (base)" if model.is_base else "") for model in report.models]
+    return f"Models: {', '.join(names)}."
+
+
+def markdown(report: Report, plots: Sequence[tuple[str, str]]) -> str:
+    """The whole report but for single tensors; plots are (file, what it shows)."""
+    parts = [
+        "# Geometry of this merge",
+        report.verdict,
+        models_line(report),
+        markdown_table(report),
+        legend(report),
+        *(f"![{shows}]({file})" for file, shows in plots),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def show(report: Report, console: Console) -> None:
+    """The tables and the verdict, in colour where that is a terminal."""
+    console.print(models_line(report), markup=False, highlight=False)
+    console.print(_table(report, "Geometry of this merge", _COLUMNS))
+    if report.whole_tasks:
+        console.print(_table(report, "As seen from the base", _TASK_COLUMNS))
+    console.print(legend(report), markup=False, highlight=False, style="dim")
+    console.print(report.verdict, markup=False, highlight=False, style="bold")
+
+
+def _table(report: Report, title: str, columns: Sequence[Column]) -> Table:
+    table = Table(title=title)
+    table.add_column("module", no_wrap=True)
+    for name, _ in columns:
+        table.add_column(name, justify="right")
+    for kind in report.kinds:
+        table.add_row(kind.kind, *(cell(kind) for _, cell in columns))
+    return table

@@ -1,0 +1,127 @@
+"""What the numbers of a report mean, in two or three plain sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mergekit_karcher.report.schema import Report, Tensor
+
+# Rounding that is this share of a difference is as long as the rest of it (sqrt(1/2)): from there
+# on its angles say nothing. Below the second share they are all but right.
+NOISE = 0.7
+_SOME_NOISE = 0.3
+
+# From here on (radians) models are strangers: fine-tunes of one base measure a few degrees.
+_STRANGERS = math.radians(60)
+
+_NAMES_SHOWN = 3
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def verdict_of(report: Report) -> str:
+    """The verdict; it says nothing that the numbers do not show."""
+    sentences = [_apart(report), *_task_vectors(report), *_not_unique(report.tensors)]
+    return " ".join(sentences)
+
+
+def degrees(angle: float) -> str:
+    """An angle with two significant digits, or as many as its whole degrees have."""
+    value = math.degrees(angle)
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def percent(share: float) -> str:
+    """A share with two significant digits, or as many as its whole percents have."""
+    value = 100 * share
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def output_dtype(report: Report) -> str:
+    """The dtype that the merge is rounded to, as the config says it."""
+    return report.settings.out_dtype or report.settings.dtype or "its dtype"
+
+
+def _apart(report: Report) -> str:
+    count = len(report.models) - (report.apart is not None)
+    these = f"These {_NUMBERS[count] if count < len(_NUMBERS) else count} models"
+    angles = report.whole.pairs(report.apart)
+    if not angles:
+        return f"{these} have no direction in common to compare."
+    largest = max(angles)
+    if largest == 0:
+        return f"{these} are the same: so is every mean of them."
+    far = "" if count == 2 else "up to "
+    lead = f"{these} are {far}{degrees(largest)} degrees apart"
+    length = report.whole.linear_length
+    lost = 1 - length if length is not None else 0.0
+    gaps = [t for t in report.tensors if t.linear_gap is not None and t.linear_gap >= 1]
+    if largest > _STRANGERS:
+        return (
+            f"{lead}, like strangers: plain averaging keeps {percent(1 - lost)} % of their length, "
+            "Karcher all of it, and neither makes a good network of models whose neurons are not "
+            "aligned."
+        )
+    keeps = f"plain averaging loses {percent(lost)} % of their length"
+    if gaps or any(tensor.granularity == "row" for tensor in report.tensors):
+        return f"{lead}: {_gaps(report, gaps)}; {keeps}."
+    return (
+        f"{lead}: Karcher, SLERP and averaging scaled to the same length give the same weights to "
+        f"within {output_dtype(report)} rounding; {keeps}."
+    )
+
+
+def _gaps(report: Report, gaps: Sequence[Tensor]) -> str:
+    if not gaps:
+        return "each row has a mean of its own"
+    worst = max(gaps, key=lambda tensor: tensor.linear_gap or 0.0)
+    return (
+        f"in {len(gaps)} of {len(report.tensors)} tensors Karcher differs from averaging scaled to "
+        f"the same length by more than {output_dtype(report)} rounds away, at most "
+        f"{worst.linear_gap:.2g} times as much ({worst.name})"
+    )
+
+
+def _task_vectors(report: Report) -> list[str]:
+    view = report.whole_tasks
+    if view is None:
+        return []
+    rounding = sorted(
+        value for t in report.tensors for value in t.rounding or () if value is not None
+    )
+    noise = rounding[len(rounding) // 2] if rounding else 0.0
+    if noise >= NOISE:
+        return [
+            "Their differences from the base are hardly longer than what rounding their files took "
+            "away: the angles between these say nothing, and no merge around the base can tell "
+            "them from noise."
+        ]
+    angles = view.pairs()
+    if not angles or view.linear_length is None:
+        return []
+    mean = sum(angles) / len(angles)
+    on_average = "" if len(angles) == 1 else " on average"
+    doubt = ""
+    if noise >= _SOME_NOISE:
+        doubt = (
+            f" ({percent(noise)} % of their length may be rounding of the files, which turns any "
+            "angle towards 90)"
+        )
+    return [
+        f"Their task vectors are {degrees(mean)} degrees apart{on_average}{doubt}: averaging keeps "
+        f"{percent(view.linear_length)} % of their length, origin: base all of it.",
+        "In our measurements the full length helped small classifiers with nearly orthogonal task "
+        "vectors (0.5 to 1.1 points of accuracy, unless they had been trained to their limit) and "
+        "cost tiny language models 0.05 to 0.15 bits per byte; for those, origin: base with "
+        "granularity: row and magnitude: linear was best.",
+    ]
+
+
+def _not_unique(tensors: Sequence[Tensor]) -> list[str]:
+    lost = [tensor.name for tensor in tensors if not tensor.unique]
+    if not lost:
+        return []
+    shown = ", ".join(lost[:_NAMES_SHOWN])
+    more = f" and {len(lost) - _NAMES_SHOWN} more" if len(lost) > _NAMES_SHOWN else ""
+    have = "tensor has" if len(lost) == 1 else "tensors have"
+    return [f"{len(lost)} {have} no mean that is certainly unique: {shown}{more}."]
