@@ -140,7 +140,8 @@ def _report_folder(title: str) -> Path | None:
     if not asked:
         return None
     context = click.get_current_context(silent=True)
-    stages = context is not None and context.command.name == "mergekit-multi"
+    # mergekit-multi merges several times in one command; its name has changed before.
+    stages = context is not None and "intermediate_dir" in context.params
     return Path(asked) / title if stages else Path(asked)
 
 

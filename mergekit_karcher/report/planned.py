@@ -34,6 +34,7 @@ def planned_of(config: Any, merges: Sequence[Any], asked_for: str) -> Planned:
 
     settings = Settings(
         merge_method=asked_for,
+        as_karcher=asked_for != config.merge_method,
         granularity=used("granularity"),
         origin=used("origin"),
         magnitude=used("magnitude"),

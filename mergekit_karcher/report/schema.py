@@ -47,9 +47,13 @@ class Model(_Part):
 
 
 class Settings(_Part):
-    """The config, as far as it decides the geometry; a list where filters make it several."""
+    """The config, as far as it decides the geometry; a list where filters make it several.
+
+    as_karcher: whether it asks for another method than ours, which sees what karcher would.
+    """
 
     merge_method: str
+    as_karcher: bool
     granularity: list[str]
     origin: list[str]
     magnitude: list[str]

@@ -22,6 +22,9 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 def verdict_of(report: Report) -> str:
     """The verdict; it says nothing that the numbers do not show."""
     sentences = [_apart(report), *_task_vectors(report), *_not_unique(report.tensors)]
+    if report.settings.as_karcher:
+        method = report.settings.merge_method
+        sentences.insert(0, f"The config asks for {method}; this is what karcher would see.")
     return " ".join(sentences)
 
 
@@ -57,10 +60,11 @@ def _apart(report: Report) -> str:
     lost = 1 - length if length is not None else 0.0
     gaps = [t for t in report.tensors if t.linear_gap is not None and t.linear_gap >= 1]
     if largest > _STRANGERS:
+        where = "" if all(tensor.unique for tensor in report.tensors) else " where it is unique"
         return (
             f"{lead}, like strangers: plain averaging keeps {percent(1 - lost)} % of their length, "
-            "Karcher all of it, and neither makes a good network of models whose neurons are not "
-            "aligned."
+            f"Karcher all of it{where}, and neither makes a good network of models whose neurons "
+            "are not aligned."
         )
     keeps = f"plain averaging loses {percent(lost)} % of their length"
     if gaps or any(tensor.granularity == "row" for tensor in report.tensors):

@@ -115,8 +115,6 @@ def _planned(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]
 
     config = _validated(MergeConfiguration, document)
     models = config.referenced_models()
-    if not models:
-        raise KarcherError("The config names no model: give it models, slices or modules.")
     cache = LoaderCache()
     cache.setup(options=options)
     for model in tqdm(models, desc="Warmup loader cache", disable=options.quiet):

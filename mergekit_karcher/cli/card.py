@@ -13,7 +13,7 @@ import click
 import yaml
 from huggingface_hub import ModelCard
 
-from mergekit_karcher.cli import examples, logged
+from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.report.files import JSON, plots_in, read
 from mergekit_karcher.report.names import short_names

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mergekit_karcher import __version__
-from mergekit_karcher.cli import examples, logged
+from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.plugin import FIRST_UNTESTED_MERGEKIT, OLDEST_MERGEKIT
 
 _REQUIREMENT = "mergekit>=0.1.5,<0.2"

@@ -16,9 +16,12 @@ _LOG = logging.getLogger(__name__)
 
 # The module of each command, and its line in the list of them, which must not import it.
 _COMMANDS = {
-    "card": ("mergekit_karcher.card", "Add the geometry of a merge to its model card."),
-    "doctor": ("mergekit_karcher.doctor", "Say which karcher mergekit-yaml would run, and why."),
-    "report": ("mergekit_karcher.report.command", "Show the geometry of a config's models."),
+    "card": ("mergekit_karcher.cli.card", "Add the geometry of a merge to its model card."),
+    "doctor": (
+        "mergekit_karcher.cli.doctor",
+        "Say which karcher mergekit-yaml would run, and why.",
+    ),
+    "report": ("mergekit_karcher.cli.report", "Show the geometry of a config's models."),
 }
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -1,0 +1,184 @@
+"""The model card, and the way of a merge to a Hub and back."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from conftest import llama, weights_of
+from hub import Hub
+from huggingface_hub import ModelCard
+
+from mergekit_karcher.cli.main import main
+from mergekit_karcher.report.schema import Model, Report
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def merged(three_models, merge, tmp_path, monkeypatch):
+    """A folder that mergekit wrote, with the report that the merge wrote into it."""
+    out = tmp_path / "merged"
+    monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(out / "geometry"))
+    config = {
+        "merge_method": "karcher",
+        "models": [{"model": model} for model in three_models],
+        "dtype": "bfloat16",
+    }
+    assert merge(config).weights
+    monkeypatch.delenv("MERGEKIT_KARCHER_REPORT")
+    return out
+
+
+def card(*arguments):
+    return CliRunner().invoke(main, ["card", *map(str, arguments)])
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_card_shows_the_geometry_and_no_local_path(merged, three_models):
+    before = (merged / "README.md").read_text()
+    folder = str(Path(three_models[0]).parent)
+    assert folder in before
+    result = card(merged)
+    assert result.exit_code == 0, result.output
+    assert "3 local paths replaced by names" in result.stderr
+    text = (merged / "README.md").read_text()
+    report = Report.model_validate_json((merged / "geometry" / "report.json").read_text())
+    assert text.count("## Geometry of this merge") == 1
+    assert report.verdict in text
+    assert "| gate | 3 |" in text
+    for file in re.findall(r"\]\((geometry/[^)]+)\)", text):
+        assert (merged / file).is_file()
+    assert text.count("](geometry/") == 3
+    for path, data in contents(merged).items():
+        assert folder.encode() not in data, path
+    for name in "abc":
+        assert f"* {name}\n" in text
+    config = yaml.safe_load((merged / "mergekit_config.yml").read_text())
+    assert [model["model"] for model in config["models"]] == ["a", "b", "c"]
+    loaded = ModelCard.load(merged / "README.md")
+    assert loaded.data.base_model is None
+    assert loaded.data.tags == ["mergekit", "merge"]
+    assert loaded.data.library_name == "transformers"
+
+
+def test_twice_is_once_and_what_others_wrote_stays(merged):
+    readme = merged / "README.md"
+    card(merged)
+    readme.write_text(readme.read_text() + "\nA line of mine.\n")
+    card(merged)
+    once = contents(merged)
+    assert b"A line of mine." in once[Path("README.md")]
+    card(merged)
+    assert contents(merged) == once
+
+
+def test_hub_ids_stay_and_are_the_base_models(merged, three_models):
+    """As if one model and one adapter had come from the Hub, and mergekit had linked a folder."""
+    path = merged / "geometry" / "report.json"
+    report = Report.model_validate_json(path.read_text())
+    models = [
+        Model(name="org/first", hub_ids=["org/first"], is_base=False),
+        Model(name="b+org/adapter", hub_ids=["org/adapter"], is_base=False),
+        Model(name="third", hub_ids=[], is_base=False),
+    ]
+    changed = report.model_copy(update={"models": models})
+    path.write_text(changed.model_dump_json(by_alias=True))
+    replaced = {
+        three_models[0]: "org/first",
+        three_models[1]: f"{three_models[1]}+org/adapter",
+        three_models[2]: "runs/third",
+    }
+    for name in ("README.md", "mergekit_config.yml"):
+        text = (merged / name).read_text()
+        for old, new in replaced.items():
+            text = text.replace(old, new)
+        link = "[runs/third](https://huggingface.co/runs/third)"
+        (merged / name).write_text(text.replace("* runs/third", f"* {link}"))
+    assert card(merged).exit_code == 0
+    text = (merged / "README.md").read_text()
+    assert "* third\n" in text
+    assert "runs/third" not in text
+    assert ModelCard.load(merged / "README.md").data.base_model == ["org/first", "org/adapter"]
+    config = yaml.safe_load((merged / "mergekit_config.yml").read_text())
+    assert [m["model"] for m in config["models"]] == ["org/first", "b+org/adapter", "third"]
+
+
+def test_a_report_from_elsewhere_is_copied_in(merged, tmp_path):
+    shutil.move(merged / "geometry", tmp_path / "elsewhere")
+    missing = card(merged)
+    assert missing.exit_code == 1
+    assert "MERGEKIT_KARCHER_REPORT=" in missing.stderr
+    assert "mergekit-karcher report CONFIG --out" in missing.stderr
+    assert card(merged, "--report", tmp_path / "elsewhere", "--quiet").output == ""
+    assert (merged / "geometry" / "angles.png").is_file()
+
+
+def test_mistakes_get_one_sentence(merged):
+    readme = (merged / "README.md").read_text()
+    (merged / "README.md").write_text("---\n- a\n- b\n---\n# x\n")
+    assert_one_sentence(card(merged), "front matter")
+    (merged / "README.md").unlink()
+    assert_one_sentence(card(merged), "has no README.md")
+    (merged / "README.md").write_text(readme)
+    (merged / "geometry" / "report.json").write_text("{}")
+    assert_one_sentence(card(merged), "is not a report of the kind mergekit-karcher/report/1")
+
+
+def assert_one_sentence(result, words):
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_merge_card_upload_download_and_load(tmp_path):
+    """The three lines of the README, with the real client, and the way back."""
+    models = [llama(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    config = {"merge_method": "karcher", "models": [{"model": model} for model in models]}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    with Hub() as hub:
+        environment = os.environ | hub.environment(tmp_path / "cache")
+
+        def run(*command, **more):
+            done = subprocess.run(
+                [str(BIN / command[0]), *command[1:]],
+                cwd=tmp_path,
+                env=environment | more,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=300,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+
+        run("mergekit-yaml", "config.yml", "merged", MERGEKIT_KARCHER_REPORT="merged/geometry")
+        run("mergekit-karcher", "card", "merged")
+        run("hf", "upload", "me/merged", "merged")
+        code = (
+            "from huggingface_hub import snapshot_download\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "snapshot_download('me/merged', local_dir='back')\n"
+            "model = AutoModelForCausalLM.from_pretrained('me/merged')\n"
+            "tokens = AutoTokenizer.from_pretrained('me/merged')('w1 w2', return_tensors='pt')\n"
+            "model.generate(tokens.input_ids, max_new_tokens=2)\n"
+        )
+        run("python", "-c", code)
+    sent = contents(tmp_path / "merged")
+    back = {k: v for k, v in contents(tmp_path / "back").items() if k.parts[0] != ".cache"}
+    assert set(back) == set(sent)
+    for path, data in sent.items():
+        assert back[path] == data, path
+    weights = weights_of(tmp_path / "back")
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+    assert weights.keys() == weights_of(models[0]).keys()

@@ -1,0 +1,186 @@
+"""The command as a shell sees it, and what doctor says of every way in which ours is not active."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import mergekit_karcher
+from mergekit_karcher.cli import doctor
+from mergekit_karcher.cli.main import main
+
+BIN = Path(sys.executable).parent
+
+
+def shell(*arguments, **environment):
+    """The installed command in a process of its own."""
+    return subprocess.run(
+        [str(BIN / "mergekit-karcher"), *arguments],
+        env=os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def test_version_and_help_import_nothing_heavy():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys\nfrom mergekit_karcher.cli.main import main\n"
+            "try:\n    main(['--help'])\nexcept SystemExit as e:\n    assert e.code == 0\n"
+            "assert not {'torch', 'mergekit', 'transformers'} & set(sys.modules)\n",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("card", "doctor", "report"):
+        assert command in done.stdout
+    version = CliRunner().invoke(main, ["--version"])
+    assert version.output == f"mergekit-karcher, version {mergekit_karcher.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["card", "doctor", "report"])
+def test_every_command_has_help_with_examples_and_levels(command):
+    result = CliRunner().invoke(main, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Examples:\n" in result.output
+    assert f"  mergekit-karcher {command}" in result.output
+    assert "-v" in result.output
+    assert "--quiet" in result.output
+    if command == "report":
+        assert "--lora-merge-cache" in result.output
+        assert "--out-shard-size" not in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["unknown"], ["report"], ["report", "--unknown", "x"], ["card", "/nowhere"], ["doctor", "x"]],
+)
+def test_wrong_usage_exits_with_two(arguments):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    assert "Usage:" in result.stderr
+
+
+def test_an_exception_from_below_becomes_a_sentence(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("first line\nsecond line")
+
+    config = tmp_path / "c.yml"
+    config.write_text("{}")
+    monkeypatch.setattr("mergekit_karcher.cli.report.report_on", fail)
+    result = CliRunner().invoke(main, ["report", str(config)])
+    assert (result.exit_code, result.stderr) == (1, "Error: first line\n")
+
+
+def test_doctor_in_a_sound_installation():
+    done = shell("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mergekit-yaml runs this package's karcher." in done.stdout
+    assert f"Karcher Mean (mergekit-karcher {mergekit_karcher.__version__})" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("MERGEKIT_KARCHER", "0", "MERGEKIT_KARCHER=0 is set"),
+        ("TORCH_DEVICE_BACKEND_AUTOLOAD", "0", "switches torch's autoload off"),
+    ],
+)
+def test_doctor_names_the_switch_that_keeps_us_out(name, value, words):
+    done = shell("doctor", "--json", **{name: value})
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["active"] is False
+    assert found["method"] == "Karcher Mean"
+    (problem,) = found["problems"]
+    assert words in problem
+    assert "unset it" in problem
+    assert shell("doctor", "--quiet", **{name: value}).stdout == ""
+
+
+SOUND = {
+    "versions": {"mergekit-karcher": "0.1.0", "mergekit": "0.1.5", "torch": "2.13.0"},
+    "entry point": True,
+    "hook": True,
+    "device": "cpu",
+    "method": "Karcher Mean",
+    "module": "mergekit.merge_methods.base",
+    "python": ["python", "3.11.7"],
+}
+PROBLEMS = {
+    "elsewhere": ({"mergekit-karcher": None}, {}, "runs in another environment", "pip install"),
+    "no mergekit": ({"mergekit": None}, {"error": "ModuleNotFoundError"}, "no mergekit", "install"),
+    "too old": ({"mergekit": "0.1.4"}, {}, "0.1.4 is too old", "'mergekit>=0.1.5,<0.2'"),
+    "too new": ({"mergekit": "0.2.0"}, {}, "0.2.0 is newer", "upgrade mergekit-karcher"),
+    "old torch": ({"torch": "2.4.1"}, {}, "torch 2.4.1 has no autoload", "'torch>=2.5'"),
+    "no entry": ({}, {"entry point": False}, "without its entry point", "--force-reinstall"),
+    "broken": ({}, {"error": "ImportError: x"}, "does not start there: ImportError: x", ""),
+    "rival": ({}, {"module": "rival"}, "another plugin has taken its place", "karcher_mean"),
+}
+
+
+@pytest.mark.parametrize("case", PROBLEMS)
+def test_every_reason_has_its_sentence_and_its_cure(case, tmp_path, monkeypatch):
+    """mergekit-yaml belongs to an interpreter that answers as one in that state would."""
+    versions, rest, words, cure = PROBLEMS[case]
+    answer = {**SOUND, **rest, "versions": SOUND["versions"] | versions}
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    executable(python, f"#!/bin/sh\necho '{json.dumps(answer)}'\n")
+    executable(tmp_path / "bin" / "mergekit-yaml", f"#!{python}\n")
+    monkeypatch.setenv("PATH", str(python.parent))
+    monkeypatch.delenv("MERGEKIT_KARCHER", raising=False)
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1
+    problem = next(line for line in result.output.splitlines() if line.startswith("- "))
+    assert words in problem
+    assert cure in problem
+    assert sum(line.startswith("- ") for line in result.output.splitlines()) == 1
+
+
+def test_no_mergekit_yaml_at_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1
+    assert "mergekit-yaml is neither on the PATH nor beside" in result.output
+
+
+def test_an_interpreter_that_does_not_run(tmp_path, monkeypatch):
+    executable(tmp_path / "mergekit-yaml", "#!/nowhere/bin/python\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1
+    assert "/nowhere/bin/python, which runs mergekit-yaml, has no mergekit" in result.output
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "#!/opt/x y/bin/python3.11\n",
+        "#!/bin/sh\n'''exec' \"/opt/x y/bin/python3.11\" \"$0\" \"$@\"\n' '''\n",
+    ],
+)
+def test_interpreters_of_scripts(start, tmp_path):
+    script = tmp_path / "mergekit-yaml"
+    script.write_text(f"{start}import x\n")
+    assert doctor._interpreter(script) == "/opt/x y/bin/python3.11"
+
+
+def executable(path, text):
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
