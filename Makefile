@@ -1,4 +1,4 @@
-# make demo: three tiny language models, trained here, merged by mergekit-yaml, and compared.
+# make demo: three tiny language models, trained here, looked at, merged, and compared.
 # make test: lint, types and all tests.
 # Both make .venv first; they need Python 3.10 or later, and a network on the first run.
 
@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo/train.py
+	$(BIN)/mergekit-karcher report example_configs/quickstart.yml
 	$(BIN)/mergekit-yaml example_configs/quickstart.yml out
 	$(BIN)/mergekit-yaml demo/linear.yml demo/out-linear
 	$(BIN)/python demo/evaluate.py

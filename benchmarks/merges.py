@@ -22,9 +22,10 @@ from contestants import BUILTIN, LINEAR, OURS
 from rows import Row, interleave, quantiles, timed_rows
 
 MODELS = 3
+MERGE, REPORT, REPORTING = "merge", "report", "merge that reports"
 START_UP = "start-up"
 
-_COMMAND = Path(sysconfig.get_path("scripts")) / "mergekit-yaml"
+_SCRIPTS = Path(sysconfig.get_path("scripts"))
 WHOLE_MODEL = f"{OURS}, model"
 _METHODS = {OURS: "karcher", WHOLE_MODEL: "karcher", LINEAR: "linear", BUILTIN: "karcher"}
 _SAMPLE_SECONDS = 0.02
@@ -54,7 +55,54 @@ def merges(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
     yield from _rows(case | {"page cache": "evicted"}, evicted)
 
 
-def _rows(case: dict[str, Any], runs: dict[str, dict[int, dict[str, float]]]) -> Iterator[Row]:
+def reports(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
+    """The report against the merge that it is on, and that merge writing it as it goes.
+
+    Around a base there is one more model to read.
+    """
+    with tempfile.TemporaryDirectory(prefix="karcher-benchmark-", dir=scratch) as name:
+        folder = Path(name)
+        _check_space(folder, parameters)
+        models, total = write_checkpoints(folder, parameters, MODELS + 1)
+        os.sync()
+        for origin in ("zero", "base"):
+            case = {"parameters": f"{total / 1e9:.3g}e9", "models": MODELS, "origin": origin}
+            calls = {
+                contestant: partial(_report, contestant, origin, folder, models)
+                for contestant in (MERGE, REPORT, REPORTING)
+            }
+            yield from _rows(case, interleave(calls, dict.fromkeys(calls, rounds)), "reports")
+
+
+def _report(contestant: str, origin: str, folder: Path, models: Sequence[Path]) -> dict[str, float]:
+    out, log, config = folder / "out", folder / "log", folder / "config.yml"
+    *inputs, base = map(str, models)
+    document: dict[str, Any] = {
+        "merge_method": "karcher",
+        "models": [{"model": model} for model in inputs],
+        "dtype": "bfloat16",
+    }
+    if origin == "base":
+        document |= {"base_model": base, "parameters": {"origin": "base"}}
+        document |= {"dtype": "float32", "out_dtype": "bfloat16"}
+    config.write_text(yaml.safe_dump(document))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if contestant == REPORTING:
+        environment["MERGEKIT_KARCHER_REPORT"] = str(folder / "geometry")
+    if contestant == REPORT:
+        arguments = ["report", str(config), "--out", str(folder / "geometry")]
+        measured = _watch(arguments, log, environment, command="mergekit-karcher")
+    else:
+        measured = _watch([str(config), str(out), "--no-copy-tokenizer"], log, environment)
+        shutil.rmtree(out)
+    if contestant != MERGE:
+        (folder / "geometry" / "report.json").unlink()
+    return measured
+
+
+def _rows(
+    case: dict[str, Any], runs: dict[str, dict[int, dict[str, float]]], section: str = "merges"
+) -> Iterator[Row]:
     seconds = {
         name: {turn: run["seconds"] for turn, run in turns.items()} for name, turns in runs.items()
     }
@@ -62,7 +110,7 @@ def _rows(case: dict[str, Any], runs: dict[str, dict[int, dict[str, float]]]) ->
         name: {key: quantiles([run[key] for run in turns.values()]) for key in turns[0]}
         for name, turns in runs.items()
     }
-    yield from timed_rows("merges", case, seconds, more)
+    yield from timed_rows(section, case, seconds, more)
 
 
 @contextmanager
@@ -118,8 +166,10 @@ def _merge(contestant: str, folder: Path, models: Sequence[Path]) -> dict[str, f
     return measured
 
 
-def _watch(arguments: Sequence[str], log: Path, environment: Any) -> dict[str, float]:
-    """Run `mergekit-yaml` and sample its memory.
+def _watch(
+    arguments: Sequence[str], log: Path, environment: Any, command: str = "mergekit-yaml"
+) -> dict[str, float]:
+    """Run a command and sample its memory.
 
     The kernel's own account for a finished child (ru_maxrss) starts at the peak of its parent.
     """
@@ -127,7 +177,7 @@ def _watch(arguments: Sequence[str], log: Path, environment: Any) -> dict[str, f
     with log.open("wb") as file:
         start = time.perf_counter()
         process = subprocess.Popen(
-            [_COMMAND, *arguments], stdout=file, stderr=file, env=environment
+            [_SCRIPTS / command, *arguments], stdout=file, stderr=file, env=environment
         )
         status_file, ended = Path(f"/proc/{process.pid}/status"), 0
         while not ended:
@@ -138,7 +188,7 @@ def _watch(arguments: Sequence[str], log: Path, environment: Any) -> dict[str, f
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        raise RuntimeError(f"mergekit-yaml failed:\n{log.read_text()[-4000:]}")
+        raise RuntimeError(f"{command} failed:\n{log.read_text()[-4000:]}")
     return {
         "seconds": seconds,
         "processor_seconds": usage.ru_utime + usage.ru_stime,

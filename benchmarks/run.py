@@ -20,13 +20,13 @@ from error import error
 from geometries import geometries
 from kernels import QUICK, Sizes, kernels
 from long_runs import long_runs
-from merges import merges
+from merges import merges, reports
 from rows import Row
 from scratch import scratch
 from table import markdown
 
 RESULTS = Path(__file__).with_name("results.json")
-SECTIONS = ("kernels", "geometries", "long", "scratch", "error", "merges")
+SECTIONS = ("kernels", "geometries", "long", "scratch", "error", "merges", "reports")
 
 
 def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
@@ -43,7 +43,8 @@ def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
     if section == "error":
         return error((2,), (1e-8, 0.7)) if quick else error()
     parameters = options.params or (20_000_000 if quick else 1_000_000_000)
-    return merges(parameters, options.scratch, rounds=1 if quick else 5)
+    whole = reports if section == "reports" else merges
+    return whole(parameters, options.scratch, rounds=1 if quick else 5)
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

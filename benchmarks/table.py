@@ -8,6 +8,7 @@ from typing import Any
 
 from contestants import BUILTIN, CONTESTANTS, LINEAR, OURS
 from geometries import BASE, ROW, ROW_BASE, TENSOR
+from merges import MERGE
 from rows import Row
 
 _TIMES = "Minimum / median / 90 % of the rounds; quotients are of times in one round."
@@ -74,6 +75,18 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
             ("/ linear", "", "over", LINEAR),
             ("/ ours", "", "over", OURS),
             ("processor s", "", "processor_seconds"),
+            ("peak RSS, MB", "", "peak_rss_mb"),
+            ("peak anonymous, MB", "", "peak_anonymous_mb"),
+            ("load average", "", "load_average"),
+        ),
+    ),
+    "reports": (
+        "The report and the merge that it is on",
+        f"{_TIMES} Whole processes, bf16 checkpoints, with the plots drawn. Around a base there is "
+        "one model more to read, and the arithmetic is that of float32 inputs.",
+        (
+            ("s", "", "seconds"),
+            ("/ merge", "", "over", MERGE),
             ("peak RSS, MB", "", "peak_rss_mb"),
             ("peak anonymous, MB", "", "peak_anonymous_mb"),
             ("load average", "", "load_average"),
