@@ -108,8 +108,8 @@ def _task_vectors(report: Report) -> list[str]:
     doubt = ""
     if noise >= _SOME_NOISE:
         doubt = (
-            f" ({percent(noise)} % of their length may be rounding of the files, so do not trust that "
-            "angle)"
+            f" ({percent(noise)} % of their length may be rounding of the files, so do not trust "
+            "that angle)"
         )
     return [
         f"Their task vectors are {degrees(mean)} degrees apart{on_average}{doubt}: averaging keeps "
