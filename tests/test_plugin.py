@@ -315,9 +315,11 @@ ROOMS = {
     "report": {"__init__", "errors", "maths", "observe", "report", "summary", "whole_model"},
     "plan": {"errors", "merge", "method", "report", "summary", "whole_model"},
     "plugin": {"__init__", "autoload", "errors", "method", "plan"},
+    "align": {"align", "errors", "maths", "merge"},
     # What a person types, above all of the rest.
     "cli": {
         "__init__",
+        "align",
         "cli",
         "errors",
         "maths",

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import yaml
 from huggingface_hub import ModelCard
 
+from mergekit_karcher.cli.config import MODEL_KEYS, named_in
 from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.report.files import JSON, plots_in, read
@@ -25,7 +24,7 @@ _BEGIN, _END = "<!-- mergekit-karcher: geometry -->", "<!-- mergekit-karcher: en
 _CONFIG = "mergekit_config.yml"
 
 # The fields of a config in which paths stand.
-_PATH_KEYS = ("model", "base_model", "path", "source", "tokenizer_source")
+_PATH_KEYS = (*MODEL_KEYS, "path", "source", "tokenizer_source")
 
 
 @click.command(
@@ -118,25 +117,13 @@ def _names(config: str, report: Report) -> dict[str, str]:
         documents = list(yaml.safe_load_all(config))
     except yaml.YAMLError:
         return {}
-    references = list(dict.fromkeys(_references(documents)))
+    references = list(dict.fromkeys(named_in(documents, _PATH_KEYS)))
     short = short_names(references, is_local)
     names = {}
     for reference in references:
         pieces = zip(reference.split("+"), short[reference].split("+"), strict=True)
         names.update({path: name for path, name in pieces if path != name})
     return names
-
-
-def _references(part: Any) -> Iterator[str]:
-    if isinstance(part, list):
-        for item in part:
-            yield from _references(item)
-    elif isinstance(part, dict):
-        for key, value in part.items():
-            if key in _PATH_KEYS and isinstance(value, str):
-                yield value
-            else:
-                yield from _references(value)
 
 
 def _renamed(text: str, names: dict[str, str]) -> str:

@@ -16,6 +16,7 @@ _LOG = logging.getLogger(__name__)
 
 # The module of each command, and its line in the list of them, which must not import it.
 _COMMANDS = {
+    "align": ("mergekit_karcher.cli.align", "Reorder the neurons of models to be averaged."),
     "card": ("mergekit_karcher.cli.card", "Add the geometry of a merge to its model card."),
     "doctor": (
         "mergekit_karcher.cli.doctor",

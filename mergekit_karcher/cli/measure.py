@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from mergekit_karcher.cli.config import named_in, read_config
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.maths.mean import KarcherMean
 from mergekit_karcher.method import NAMES
@@ -34,11 +34,11 @@ def report_on(path: Path, options: Any) -> Report:
     Raises `KarcherError` for what a merge with our method would refuse.
     """
     register()
-    document = _document(path)
+    document = read_config(path)
     asked_for = str(document.get("merge_method"))
     if asked_for not in NAMES:
         document = _as_ours(document)
-    raw = all(Path(model).is_file() for model in _paths(document)) and "models" in document
+    raw = all(Path(model).is_file() for model in named_in(document)) and "models" in document
     config, tasks = (_planned_raw if raw else _planned)(document, options)
     merges, stage = looked_at(tasks, path.name, watched=True)
     if not merges:
@@ -55,39 +55,10 @@ def report_on(path: Path, options: Any) -> Report:
     return build(planned, stage.observations, means)
 
 
-def _document(path: Path) -> dict[str, Any]:
-    try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise KarcherError(f"{path} is not valid YAML: {where}.") from None
-    if len(documents) != 1:
-        raise KarcherError(
-            f"{path} has {len(documents)} documents: a report is on one merge, so give the stage "
-            "of mergekit-multi that it should be on."
-        )
-    if not isinstance(documents[0], dict) or "merge_method" not in documents[0]:
-        raise KarcherError(f"{path} is no config of mergekit: it has no merge_method.")
-    return documents[0]
-
-
-def _paths(part: Any) -> Iterator[str]:
-    """Every model that a config names."""
-    if isinstance(part, list):
-        for item in part:
-            yield from _paths(item)
-    elif isinstance(part, dict):
-        for key, value in part.items():
-            if key in ("model", "base_model") and isinstance(value, str):
-                yield value
-            else:
-                yield from _paths(value)
-
-
 def _as_ours(document: dict[str, Any]) -> dict[str, Any]:
     """The config of another method as one of ours."""
     base = document.get("base_model")
-    others = set(_paths(document)) - {base}
+    others = set(named_in(document)) - {base}
     ours: dict[str, Any] = _stripped(document) | {"merge_method": _OURS}
     if base and len(others) > 1:
         ours["parameters"] = ours.get("parameters", {}) | {"origin": "base"}

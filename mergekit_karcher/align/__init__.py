@@ -1,0 +1,1 @@
+"""Permutation symmetries: networks that compute alike with their neurons in another order."""

@@ -1,0 +1,38 @@
+"""The symmetries of the families of networks that are known, one module a family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mergekit_karcher.align.families import bert, gpt2, llama, neox, stack
+from mergekit_karcher.align.symmetry import Shapes, Specification
+from mergekit_karcher.errors import KarcherError
+
+Family = Callable[[Mapping[str, Any], Shapes, bool], Specification]
+
+BY_MODEL_TYPE: dict[str, Family] = {
+    **dict.fromkeys(llama.MODEL_TYPES, llama.specification),
+    **dict.fromkeys(gpt2.MODEL_TYPES, gpt2.specification),
+    **dict.fromkeys(neox.MODEL_TYPES, neox.specification),
+    **dict.fromkeys(bert.MODEL_TYPES, bert.specification),
+}
+
+
+def specification_for(
+    config: Mapping[str, Any] | None, shapes: Shapes, residual: bool
+) -> Specification:
+    """The symmetries of a Hugging Face model by its config, or of a raw checkpoint by its shapes.
+
+    residual: whether to permute the residual stream as well.
+    """
+    if config is None:
+        return stack.specification(shapes)
+    model_type = str(config.get("model_type"))
+    family = BY_MODEL_TYPE.get(model_type)
+    if family is None:
+        raise KarcherError(
+            f"The symmetries of models of type {model_type} are not known: give them by --spec "
+            f"(known are {', '.join(sorted(BY_MODEL_TYPE))})."
+        )
+    return family(config, shapes, residual)

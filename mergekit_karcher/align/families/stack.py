@@ -1,0 +1,84 @@
+"""Plain stacks of layers, as an `nn.Sequential` has them: linear, convolutional, normalising.
+
+Found by names and shapes alone: one name with a number in it for all layers, and widths that fit.
+What lies between (activations, pooling, dropout) works on each unit alone and needs no name.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from mergekit_karcher.align.symmetry import Move, Shapes, Specification, Symmetry
+from mergekit_karcher.errors import KarcherError
+
+_NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
+_COUNT = "num_batches_tracked"
+
+
+class _Layer(NamedTuple):
+    """One module of the stack: a number, and its tensors by the last part of their names."""
+
+    number: int
+    parts: dict[str, str]
+
+
+def specification(shapes: Shapes) -> Specification:
+    """A symmetry for every hidden width; raises `KarcherError` where that is no such stack."""
+    symmetries: list[Symmetry] = []
+    fixed: list[tuple[str, int]] = []
+    # The moves of the layer before, which wait for one that reads its units.
+    waiting: list[Move] = []
+    width = 0
+    first = ""
+    for layer in _layers(shapes):
+        parts = layer.parts
+        shape = shapes[parts["weight"]]
+        if len(shape) > 1:
+            weight = parts["weight"]
+            if waiting:
+                if shape[1] % width:
+                    raise _no_stack(f"{weight} reads {shape[1]} units, but {first} has {width}")
+                # Pixels of a channel follow each other where an image becomes a vector.
+                waiting.append(Move(weight, 1, 0, shape[1] // width))
+                symmetries.append(Symmetry(first, width, tuple(waiting), padding=True))
+            else:
+                fixed.append((weight, 1))
+            fixed += [(weight, axis) for axis in range(2, len(shape))]
+            width, first = shape[0], weight.rpartition(".")[0]
+            waiting = [Move(weight, 0)]
+            if "bias" in parts:
+                waiting.append(Move(parts["bias"], 0))
+        elif waiting and shape == (width,):
+            waiting += [Move(parts[part], 0) for part in _NORM_PARTS if part in parts]
+        else:
+            raise _no_stack(f"{parts['weight']} of shape {shape} does not follow {width} units")
+    if not symmetries:
+        raise _no_stack("there are no two layers")
+    fixed += [(move.tensor, move.axis) for move in waiting]
+    return Specification("stack", shapes, tuple(symmetries), tuple(fixed))
+
+
+def _layers(shapes: Shapes) -> list[_Layer]:
+    templates: set[str] = set()
+    layers: dict[int, _Layer] = {}
+    for name in shapes:
+        module, _, part = name.rpartition(".")
+        found = re.fullmatch(r"(\D*)(\d+)(\D*)", module)
+        if found is None or part not in (*_NORM_PARTS, _COUNT):
+            raise _no_stack(f"{name} is not the name of one of its tensors")
+        templates.add(f"{found[1]}#{found[3]}")
+        number = int(found[2])
+        layers.setdefault(number, _Layer(number, {})).parts[part] = name
+    if len(templates) != 1:
+        raise _no_stack(f"its names begin differently ({', '.join(sorted(templates))})")
+    for layer in layers.values():
+        if "weight" not in layer.parts:
+            raise _no_stack(f"layer {layer.number} has no weight")
+    return [layers[number] for number in sorted(layers)]
+
+
+def _no_stack(why: str) -> KarcherError:
+    return KarcherError(
+        f"This raw checkpoint is no plain stack of layers: {why}; give its symmetries by --spec."
+    )

@@ -1,0 +1,185 @@
+"""`mergekit-karcher align`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from mergekit_karcher.align import alignment
+from mergekit_karcher.align.checkpoint import Checkpoint
+from mergekit_karcher.align.run import Aligned, Choices, align, config_of
+from mergekit_karcher.cli.config import named_in, read_config
+from mergekit_karcher.cli.main import examples, logged
+from mergekit_karcher.report.names import is_local, short_names
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command(
+    "align",
+    epilog=examples(
+        "mergekit-karcher align run1 run2 run3 --out aligned",
+        "mergekit-yaml aligned/config.yml merged",
+        "mergekit-karcher align --config config.yml --out aligned --dry-run",
+        "mergekit-karcher align a.safetensors b.safetensors c.safetensors --out aligned",
+    ),
+)
+@click.argument("models", nargs=-1)
+@click.option("--config", type=_FILE, help="Align the models of a mergekit config instead.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="Where aligned models, config.yml and alignment.json go.",
+)
+@click.option(
+    "--reference",
+    help="Match all others to this model.  [default: the first of two; more are matched jointly]",
+)
+@click.option("--spec", type=_FILE, help="A specification of the symmetries, in YAML.")
+@click.option("--residual", is_flag=True, help="Permute the residual stream as well.")
+@click.option("--pad", is_flag=True, help="Fill narrower MLPs up with neurons that do nothing.")
+@click.option(
+    "--alignment", "known", type=_FILE, help="Apply the orders of an alignment.json again."
+)
+@click.option(
+    "--starts",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="How often to begin anew where symmetries hang together.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--dry-run", is_flag=True, help="Show what would change, and write nothing.")
+@click.option("--transformers-cache", help="Where models from the Hub are kept.")
+@logged
+def main(
+    models: tuple[str, ...],
+    config: Path | None,
+    out: Path,
+    reference: str | None,
+    spec: Path | None,
+    residual: bool,
+    pad: bool,
+    known: Path | None,
+    starts: int,
+    seed: int,
+    dry_run: bool,
+    transformers_cache: str | None,
+    quiet: bool,
+) -> None:
+    """Reorder the neurons and heads of models so that they can be averaged.
+
+    Networks that were trained from different initialisations compute alike with their neurons in
+    another order. MODEL is a Hugging Face model, or a raw checkpoint of a plain stack of layers.
+    Every aligned model computes what it did before, to within rounding: only the order changes.
+    """
+    if bool(models) == (config is not None):
+        raise click.UsageError("Give either models or --config.")
+    document = read_config(config) if config is not None else None
+    references = list(models) if document is None else [*dict.fromkeys(named_in(document))]
+    if len(references) < 2:
+        raise click.UsageError("Give at least two models.")
+    if len(set(references)) < len(references):
+        raise click.UsageError("Give each model once.")
+    anchor = reference if reference is not None else (document or {}).get("base_model")
+    if anchor is None and len(references) == 2:
+        anchor = references[0]
+    if anchor is not None and anchor not in references:
+        raise click.UsageError(f"--reference {anchor} is not among the models.")
+    names = short_names(references, is_local)
+    checkpoints = [
+        Checkpoint(model, _folder_name(names[model], model), transformers_cache)
+        for model in references
+    ]
+    choices = Choices(
+        None if anchor is None else references.index(anchor), spec, residual, pad, starts, seed
+    )
+    bar = tqdm(
+        desc="Aligning", disable=quiet, bar_format="{desc}: {n_fmt} done, {elapsed}{postfix}"
+    )
+
+    def advance(what: str) -> None:
+        bar.set_postfix_str(what)
+        bar.update()
+
+    with bar:
+        done = align(checkpoints, choices, alignment.read(known) if known else None, advance)
+    if not dry_run:
+        _write(done, out, document, references)
+    if not quiet:
+        _show(done, out, dry_run)
+
+
+def _write(
+    done: Aligned, out: Path, document: dict[str, Any] | None, references: Sequence[str]
+) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    written = done.write(out)
+    merged = config_of(done.checkpoints, written)
+    if document is not None:
+        merged = _replaced(document, dict(zip(references, written, strict=True)))
+    text = yaml.safe_dump(merged, sort_keys=False)
+    (out / "config.yml").write_text(text, encoding="utf-8")
+    alignment.write(done.alignment, out / "alignment.json")
+
+
+def _show(done: Aligned, out: Path, dry_run: bool) -> None:
+    console = Console(soft_wrap=True)
+    table = Table(title="Units that moved")
+    for title in ("symmetry", "how many", "units", "moved, %"):
+        table.add_column(title, justify="left" if title == "symmetry" else "right")
+    shares = done.moved()
+    kinds: dict[str, list[Any]] = {}
+    for symmetry in done.specification.symmetries:
+        kinds.setdefault(re.sub(r"\d+", "#", symmetry.name), []).append(symmetry)
+    for kind, symmetries in kinds.items():
+        moved = [shares[symmetry.name] for symmetry in symmetries]
+        sizes = sorted({symmetry.size for symmetry in symmetries})
+        size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        table.add_row(kind, str(len(symmetries)), size, f"{100 * sum(moved) / len(moved):.3g}")
+    console.print(table)
+    before, after = done.before, done.after
+    console.print(
+        f"Largest angle between two models: {_degrees(before.angles.max())} degrees before, "
+        f"{_degrees(after.angles.max())} after; spread around their Karcher mean: "
+        f"{_degrees(before.spread)} before, {_degrees(after.spread)} after.",
+        highlight=False,
+    )
+    if not done.changed:
+        console.print("The models are aligned already: there is nothing to do.")
+    elif dry_run:
+        console.print("Nothing was written (--dry-run).")
+    if not dry_run:
+        console.print(f"Merge them by: {_merge_command(done)} {out / 'config.yml'} MERGED")
+
+
+def _merge_command(done: Aligned) -> str:
+    return "mergekit-pytorch" if done.checkpoints[0].is_raw else "mergekit-yaml"
+
+
+def _degrees(angle: float) -> str:
+    # Angles from inner products are right to a millionth of a degree or so.
+    return f"{round(math.degrees(angle), 5):.3g}"
+
+
+def _folder_name(name: str, model: str) -> str:
+    name = name.removesuffix(Path(model).suffix) if Path(model).is_file() else name
+    return re.sub(r"[/@]", "--", name)
+
+
+def _replaced(part: Any, places: dict[str, str]) -> Any:
+    if isinstance(part, list):
+        return [_replaced(item, places) for item in part]
+    if isinstance(part, dict):
+        return {key: _replaced(value, places) for key, value in part.items()}
+    return places.get(part, part) if isinstance(part, str) else part

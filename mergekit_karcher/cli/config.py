@@ -1,0 +1,43 @@
+"""Configs of mergekit as plain documents: read, and searched for the models that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mergekit_karcher.errors import KarcherError
+
+MODEL_KEYS = ("model", "base_model")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The one document of a config; raises `KarcherError` for anything else."""
+    try:
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise KarcherError(f"{path} is not valid YAML: {where}.") from None
+    if len(documents) != 1:
+        raise KarcherError(
+            f"{path} has {len(documents)} documents: give the one stage of mergekit-multi that is "
+            "meant."
+        )
+    if not isinstance(documents[0], dict) or "merge_method" not in documents[0]:
+        raise KarcherError(f"{path} is no config of mergekit: it has no merge_method.")
+    return documents[0]
+
+
+def named_in(part: Any, keys: tuple[str, ...] = MODEL_KEYS) -> Iterator[str]:
+    """Every string that stands under one of those keys, at any depth."""
+    if isinstance(part, list):
+        for item in part:
+            yield from named_in(item, keys)
+    elif isinstance(part, dict):
+        for key, value in part.items():
+            if key in keys and isinstance(value, str):
+                yield value
+            else:
+                yield from named_in(value, keys)

@@ -1,0 +1,664 @@
+"""Alignment: nothing but the order changes, and a planted order is found."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from itertools import pairwise, permutations
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from conftest import weights_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mergekit_karcher.align import assign, match
+from mergekit_karcher.align.checkpoint import Checkpoint, write_safetensors
+from mergekit_karcher.align.families import stack
+from mergekit_karcher.align.symmetry import InnerMove, Inside, Move, Specification, Symmetry
+from mergekit_karcher.cli.main import main
+from mergekit_karcher.errors import KarcherError
+
+FAMILIES = sorted(planted.HF)
+SILENT = [].append
+
+
+def shapes_of(state):
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def aligned(state, orders):
+    return {name: match.arranged(tensor, name, orders) for name, tensor in state.items()}
+
+
+def assert_equal_states(left, right):
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+# ---------------------------------------------------------------- nothing but the order changes
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_allowed_order_computes_the_same(family, residual):
+    """All symmetries and all inside of them at random; the weights really move."""
+    model = planted.hf_model(family)
+    state = planted.state_of(model)
+    expected = planted.logits(model, state)
+    spec = planted.specification(model, state, residual)
+    moved = planted.scrambled(state, spec, 1)
+    for name in spec.tensors():
+        assert not torch.equal(moved[name], state[name]), name
+    torch.testing.assert_close(planted.logits(model, moved), expected, rtol=1e-9, atol=1e-10)
+
+
+def wrong_rotary(symmetry):
+    """Queries and keys in another order inside of rotary heads."""
+    inside = Inside("queries and keys", symmetry.moves[1].block, (InnerMove(0), InnerMove(1)))
+    return replace(symmetry, inside=(inside,))
+
+
+def wrong_groups(symmetry):
+    """Query heads across groups: twice as many units of half a block, keys left where they are."""
+    moves = [symmetry.moves[0], symmetry.moves[3]]
+    halved = tuple(move._replace(block=move.block // 2) for move in moves)
+    return Symmetry("wrong", 2 * symmetry.size, halved)
+
+
+def wrong_values(symmetry):
+    """Values in another order without the outputs that read them."""
+    return replace(symmetry, inside=(Inside("values", symmetry.moves[2].block, (InnerMove(2),)),))
+
+
+@pytest.mark.parametrize("spoil", [wrong_rotary, wrong_groups, wrong_values])
+def test_a_wrong_specification_is_caught_by_the_same_test(spoil):
+    model = planted.hf_model("mistral")
+    state = planted.state_of(model)
+    expected = planted.logits(model, state)
+    spec = planted.specification(model, state)
+    wrong = [spoil(s) if s.name.endswith("heads") else s for s in spec.symmetries]
+    moved = planted.scrambled(state, replace(spec, symmetries=tuple(wrong), fixed=everything()), 1)
+    difference = (planted.logits(model, moved) - expected).abs().max()
+    assert difference > 1e-3
+
+
+def everything():
+    return tuple(("*", axis) for axis in range(4))
+
+
+def test_convolutions_with_batch_norm_compute_the_same():
+    net = planted.conv_net(0)
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    spec = stack.specification(shapes_of(state))
+    assert [(s.size, len(s.moves)) for s in spec.symmetries] == [(8, 6), (6, 7), (10, 3)]
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        expected = net(images)
+        net.load_state_dict(planted.scrambled(state, spec, 2))
+        torch.testing.assert_close(net(images), expected, rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------- a planted order is found
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_planted_order_of_everything_is_found(family, residual):
+    model = planted.hf_model(family)
+    state = planted.state_of(model)
+    spec = planted.specification(model, state, residual)
+    moved = planted.scrambled(state, spec, 3)
+    gets = [state.__getitem__, moved.__getitem__]
+    orders = match.align_to_reference(spec, 0, gets, 3, 0, SILENT)
+    assert orders[0] == {}
+    assert_equal_states(aligned(moved, orders[1]), state)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "stack"])
+def test_planted_orders_with_noise_are_found_jointly(family):
+    if family == "stack":
+        state = planted.mlp(0)
+        spec = stack.specification(shapes_of(state))
+    else:
+        model = planted.hf_model(family)
+        state = planted.state_of(model)
+        spec = planted.specification(model, state)
+    generator = torch.Generator().manual_seed(1)
+
+    def noisy(tensor):
+        noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        return tensor + 0.05 * noise * tensor.std(correction=0)
+
+    near = [{name: noisy(tensor) for name, tensor in state.items()} for _ in range(4)]
+    moved = [near[0], *(planted.scrambled(own, spec, seed) for seed, own in enumerate(near[1:]))]
+    orders = match.align_jointly(spec, [own.__getitem__ for own in moved], 3, 0, SILENT)
+    assert orders[0] == {}
+    for own, order, expected in zip(moved, orders, near, strict=True):
+        assert_equal_states(aligned(own, order), expected)
+
+
+def test_the_spread_never_rises_and_no_model_is_a_favourite():
+    """Independent networks: the joint spread is below that of any reference."""
+    states = [planted.mlp(seed, (30, 24, 24, 6)) for seed in range(5)]
+    spec = stack.specification(shapes_of(states[0]))
+    gets = [state.__getitem__ for state in states]
+    names = sorted(states[0])
+
+    def spread(orders):
+        products = match.products_between(names, gets, orders)
+        return match.spread_of(match.mean_between(products, range(5)))
+
+    stay = spread([{}] * 5)
+    references = [spread(match.align_to_reference(spec, r, gets, 2, 0, SILENT)) for r in range(5)]
+    joint = spread(match.align_jointly(spec, gets, 3, 0, SILENT))
+    assert joint < min(references) < max(references) < stay
+
+
+def test_the_same_seed_gives_the_same_orders_and_starts_help():
+    states = [planted.mlp(seed, (10, 30, 30, 30, 4), (0, 1, 2, 3)) for seed in range(2)]
+    spec = stack.specification(shapes_of(states[0]))
+    gets = [state.__getitem__ for state in states]
+
+    def reached(starts, seed):
+        (_, orders) = match.align_to_reference(spec, 0, gets, starts, seed, SILENT)
+        moved = aligned(states[1], orders)
+        return sum(float((states[0][n] * moved[n]).sum()) for n in moved), orders
+
+    value, orders = reached(4, 7)
+    again, same = reached(4, 7)
+    assert value == again
+    assert all(torch.equal(orders[key], same[key]) for key in orders)
+    assert value > reached(1, 7)[0]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 6), st.integers(0, 10**6))
+def test_assignments_equal_those_of_trying_all(count, seed):
+    rng = np.random.default_rng(seed)
+    left, right = (torch.as_tensor(rng.standard_normal((count, 40))) for _ in range(2))
+    order = assign.assign([left[:, :25], left[:, 25:]], [right[:, :25], right[:, 25:]])
+    table = (left @ right.T).numpy()
+    best = max(permutations(range(count)), key=lambda p: sum(table[i, j] for i, j in enumerate(p)))
+    assert tuple(order) == best
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.3, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_bound_and_the_whole_table_agree(noise, dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(5)
+    left = torch.randn(50, 400, generator=generator)
+    order = torch.randperm(50, generator=generator)
+    right = (left + noise * torch.randn(50, 400, generator=generator))[order].to(dtype)
+    left = left.to(dtype)
+    whole = assign.best_order(assign.benefits([left], [right]))
+    assert (assign.assign([left], [right]) == whole).all()
+    if noise < 0.1:
+        assert (whole == torch.argsort(order).numpy()).all()
+
+        def never(*_):
+            raise AssertionError("the bound did not decide")
+
+        monkeypatch.setattr(assign, "benefits", never)
+        assert (assign.assign([left], [right]) == whole).all()
+
+
+def test_a_bound_never_lets_a_wrong_order_through():
+    """Units that differ in the last columns only, which the bound has not seen."""
+    same = torch.randn(20, 390)
+    last = 30 * torch.eye(20, 20)
+    left = torch.cat([same[:1].expand(20, -1) * 0.01, last], 1)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    found = assign.assign([left], [left[order]])
+    assert (found == torch.argsort(order).numpy()).all()
+
+
+def test_fine_tunes_of_one_base_stay_without_a_whole_table(monkeypatch):
+    model = planted.hf_model("llama")
+    state = planted.state_of(model)
+    spec = planted.specification(model, state)
+    tuned = [
+        {name: t + 0.002 * torch.randn(t.shape, dtype=t.dtype) for name, t in state.items()}
+        for _ in range(3)
+    ]
+
+    def never(*_):
+        raise AssertionError("a whole table was made")
+
+    monkeypatch.setattr(assign, "benefits", never)
+    monkeypatch.setattr(match, "benefits", never)
+    assert match.align_jointly(spec, [t.__getitem__ for t in tuned], 3, 0, SILENT) == [{}, {}, {}]
+
+
+def test_heads_that_are_not_proven_to_stay_are_not_said_to():
+    spec = planted.specification(
+        planted.hf_model("llama"), planted.state_of(planted.hf_model("llama"))
+    )
+    (heads, *_) = [s for s in spec.symmetries if s.inside]
+    state = planted.state_of(planted.hf_model("llama"))
+    only_heads = replace(spec, symmetries=(heads,), fixed=everything())
+    swapped = planted.scrambled(state, only_heads, 4)
+    own, other = (
+        [match.blocks(s[move.tensor], move, heads.size) for move in heads.moves]
+        for s in (state, swapped)
+    )
+    assert match.stays(heads, own, own)
+    assert not match.stays(heads, own, other)
+
+
+# ---------------------------------------------------------------- specifications
+
+
+def test_plain_stacks_are_detected():
+    spec = stack.specification(shapes_of(planted.mlp(0)))
+    assert [(s.name, s.size) for s in spec.symmetries] == [("0", 16), ("2", 12)]
+    named = {f"net.fc{k[0]}.{k[2:]}": v for k, v in planted.mlp(0, numbers=(1, 2, 3)).items()}
+    assert len(stack.specification(shapes_of(named)).symmetries) == 2
+
+
+NO_STACKS = {
+    "other names": ({"encoder.0.weight": (4, 3), "decoder.0.weight": (3, 4)}, "begin differently"),
+    "no number": ({"first.weight": (4, 3)}, "first.weight is not the name"),
+    "other widths": ({"0.weight": (4, 3), "1.weight": (2, 5)}, "reads 5 units, but 0 has 4"),
+    "one layer": ({"0.weight": (4, 3)}, "no two layers"),
+    "lone norm": ({"0.weight": (4, 3), "1.weight": (5,)}, "does not follow 4 units"),
+}
+
+
+@pytest.mark.parametrize("case", NO_STACKS)
+def test_what_is_no_stack_is_refused(case):
+    shapes, words = NO_STACKS[case]
+    with pytest.raises(KarcherError, match=words) as caught:
+        stack.specification(shapes)
+    assert "--spec" in str(caught.value)
+
+
+GOOD = Symmetry("a", 4, (Move("w", 0), Move("b", 0), Move("v", 1, 0, 2)))
+SHAPES = {"w": (4, 3), "b": (4,), "v": (5, 8)}
+FIXED = (("w", 1), ("v", 0))
+BAD = {
+    "no tensor": (replace(GOOD, moves=(Move("x", 0),)), "moves x, which the models do not have"),
+    "no axis": (replace(GOOD, moves=(Move("w", 2),)), "moves axis 2 of w"),
+    "too many": (replace(GOOD, size=5), "takes 5 blocks of 1 from 0 on axis 0 of w"),
+    "block": (replace(GOOD, moves=(*GOOD.moves[:2], Move("v", 1, 1, 2))), "sizes do not agree"),
+    "twice": (replace(GOOD, moves=(*GOOD.moves, Move("b", 0))), "both move the same part"),
+    "unknown": (replace(GOOD, moves=GOOD.moves[:2]), "Nothing is known of axis 1 of v"),
+    "inner move": (
+        replace(GOOD, inside=(Inside("i", 2, (InnerMove(3),)),)),
+        "refers to move 3",
+    ),
+    "inner size": (
+        replace(GOOD, inside=(Inside("i", 3, (InnerMove(2),)),)),
+        "takes 3 blocks of 1 from 0 inside blocks of 2",
+    ),
+    "inner twice": (
+        replace(GOOD, inside=(Inside("i", 2, (InnerMove(2), InnerMove(2))),)),
+        "moves the same part of a block twice",
+    ),
+}
+
+
+def test_a_sound_specification_is_taken():
+    assert Specification("x", SHAPES, (GOOD,), FIXED).tensors() == {"w", "b", "v"}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_an_unsound_specification_is_refused_when_built(case):
+    symmetry, words = BAD[case]
+    with pytest.raises(KarcherError, match=words):
+        Specification("x", SHAPES, (symmetry,), FIXED)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["align", *map(str, arguments)])
+
+
+def save_hf(folder, family, state, dtype=torch.bfloat16, shard="15KB", **config):
+    model = planted.HF[family]()
+    for key, value in config.items():
+        setattr(model.config, key, value)
+    model = type(model)(model.config).to(dtype)
+    model.load_state_dict({k: v.to(dtype) for k, v in state.items()}, strict=False)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+@pytest.fixture
+def two_models(tmp_path):
+    """One Mistral model, sharded, bf16, with a tokenizer file, and the same in another order."""
+    model = planted.hf_model("mistral")
+    state = {k: v.bfloat16() for k, v in planted.state_of(model).items()}
+    moved = planted.scrambled(state, planted.specification(model, state), 6)
+    for name, own in (("first", state), ("second", moved)):
+        save_hf(tmp_path / name, "mistral", own)
+        (tmp_path / name / "tokenizer.json").write_text('{"x": 1}')
+    return tmp_path / "first", tmp_path / "second"
+
+
+def test_checkpoints_are_written_whole_and_merge(two_models, tmp_path, merge):
+    first, second = two_models
+    out = tmp_path / "aligned"
+    result = run(first, second, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert_equal_states(weights_of(out / "second"), weights_of(first))
+    assert_equal_states(weights_of(out / "first"), weights_of(first))
+    for name in ("first", "second"):
+        files = {path.name for path in (out / name).iterdir()}
+        assert files == {path.name for path in (tmp_path / name).iterdir()}
+        assert len([file for file in files if file.endswith(".safetensors")]) > 2
+        loaded = AutoModelForCausalLM.from_pretrained(out / name)
+        assert loaded.dtype == torch.bfloat16
+    assert not list(out.glob("*.partial"))
+    words = " ".join(result.output.split())
+    assert "degrees before, 0 after" in words
+    config = yaml.safe_load((out / "config.yml").read_text())
+    assert config["merge_method"] == "karcher"
+    merged = merge(config).weights
+    for name, tensor in weights_of(first).items():
+        torch.testing.assert_close(merged[name], tensor, rtol=2**-7, atol=0)
+
+
+def test_an_alignment_can_be_applied_again(two_models, tmp_path):
+    first, second = two_models
+    out, again = tmp_path / "aligned", tmp_path / "again"
+    assert run(first, second, "--out", out, "--quiet").output == ""
+    stored = json.loads((out / "alignment.json").read_text())
+    assert stored["schema"] == "mergekit-karcher/alignment/1"
+    assert stored["reference"] == "first"
+    assert stored["models"]["first"] == {}
+    result = run(first, second, "--out", again, "--alignment", out / "alignment.json")
+    assert result.exit_code == 0, result.output
+    assert_equal_states(weights_of(again / "second"), weights_of(out / "second"))
+    stored["orders"][0][0] = stored["orders"][0][1]
+    (out / "alignment.json").write_text(json.dumps(stored))
+    result = run(first, second, "--out", again, "--alignment", out / "alignment.json")
+    assert (result.exit_code, "does not fit second" in result.stderr) == (1, True)
+    (out / "alignment.json").write_text("{}")
+    result = run(first, second, "--out", again, "--alignment", out / "alignment.json")
+    assert "is not an alignment of the kind" in result.stderr
+
+
+def test_a_dry_run_writes_nothing(two_models, tmp_path):
+    result = run(*two_models, "--out", tmp_path / "aligned", "--dry-run")
+    assert result.exit_code == 0
+    assert "Nothing was written" in result.output
+    assert "model.layers.#.mlp" in result.output
+    assert not (tmp_path / "aligned").exists()
+
+
+def test_models_that_are_aligned_are_left_where_they_are(two_models, tmp_path):
+    first, _ = two_models
+    tuned = Path(shutil.copytree(first, tmp_path / "tuned"))
+    for file in tuned.glob("*.safetensors"):
+        tensors = {k: v + 0.001 * torch.randn_like(v) for k, v in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    out = tmp_path / "aligned"
+    result = run(first, tuned, "--out", out)
+    assert "there is nothing to do" in result.output
+    assert sorted(path.name for path in out.iterdir()) == ["alignment.json", "config.yml"]
+    config = yaml.safe_load((out / "config.yml").read_text())
+    assert [m["model"] for m in config["models"]] == [str(first), str(tuned)]
+
+
+def test_the_models_of_a_config_and_its_base_as_reference(two_models, tmp_path):
+    first, second = two_models
+    third = shutil.copytree(second, tmp_path / "third")
+    document = {
+        "merge_method": "karcher",
+        "base_model": str(first),
+        "models": [
+            {"model": str(second), "parameters": {"weight": 2}},
+            {"model": str(third)},
+        ],
+        "parameters": {"origin": "base"},
+        "dtype": "float32",
+    }
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(document))
+    out = tmp_path / "aligned"
+    result = run("--config", tmp_path / "c.yml", "--out", out)
+    assert result.exit_code == 0, result.output
+    written = yaml.safe_load((out / "config.yml").read_text())
+    assert written["base_model"] == str(out / "first")
+    assert written["models"][0] == {"model": str(out / "second"), "parameters": {"weight": 2}}
+    assert written["parameters"] == {"origin": "base"}
+    for name in ("second", "third"):
+        assert_equal_states(weights_of(out / name), weights_of(first))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin"])
+def test_raw_checkpoints_of_each_kind(tmp_path, suffix, merge):
+    net = planted.conv_net(0)
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    spec = stack.specification(shapes_of(state))
+    states = [state, planted.scrambled(state, spec, 1), planted.scrambled(state, spec, 2)]
+    files = []
+    for index, own in enumerate(states):
+        own = {k: v.contiguous() for k, v in own.items()}
+        for name in own:
+            if name.endswith("num_batches_tracked"):
+                own[name] = own[name] + index
+        path = tmp_path / f"net{index}{suffix}"
+        save_file(own, path) if suffix == ".safetensors" else torch.save(own, path)
+        files.append(path)
+    out = tmp_path / "aligned"
+    result = run(*files, "--out", out)
+    assert result.exit_code == 0, result.output
+    for path in files:
+        written = out / path.name
+        found = load_file(written) if suffix == ".safetensors" else torch.load(written)
+        assert_equal_states(found, state)
+    config = yaml.safe_load((out / "config.yml").read_text())
+    merged = merge(config, command="mergekit-pytorch").weights
+    assert int(merged["1.num_batches_tracked"]) == 7
+
+
+def test_bin_shards_become_safetensors(two_models, tmp_path):
+    first, second = two_models
+    weights = weights_of(second)
+    for file in second.glob("*.safetensors*"):
+        file.unlink()
+    torch.save(weights, second / "pytorch_model.bin")
+    out = tmp_path / "aligned"
+    assert run(first, second, "--out", out).exit_code == 0
+    assert_equal_states(weights_of(out / "second"), weights_of(first))
+    assert (out / "second" / "model.safetensors").is_file()
+    AutoModelForCausalLM.from_pretrained(out / "second")
+
+
+def test_a_specification_of_the_users_own(tmp_path):
+    state = {f"branch{k[0]}_{'abc'[int(k[0]) // 2]}.{k[2:]}": v for k, v in planted.mlp(0).items()}
+    names = sorted({name.rpartition(".")[0] for name in state})
+    document = {
+        "symmetries": [
+            {
+                "name": f"hidden {left}",
+                "size": len(state[f"{left}.bias"]),
+                "moves": [
+                    {"tensor": f"{left}.weight", "axis": 0},
+                    {"tensor": f"{left}.bias", "axis": 0},
+                    {"tensor": f"{right}.weight", "axis": 1},
+                ],
+            }
+            for left, right in pairwise(names)
+        ],
+        "fixed": [
+            {"tensor": f"{names[0]}.weight", "axis": 1},
+            {"tensor": f"{names[-1]}.*", "axis": 0},
+        ],
+    }
+    (tmp_path / "spec.yml").write_text(yaml.safe_dump(document))
+    from mergekit_karcher.align.symmetry import from_yaml
+
+    spec = from_yaml(document, shapes_of(state))
+    save_file(state, tmp_path / "a.safetensors")
+    save_file(planted.scrambled(state, spec, 1), tmp_path / "b.safetensors")
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    refused = run(*files, "--out", tmp_path / "x")
+    assert (refused.exit_code, "--spec" in refused.stderr) == (1, True)
+    result = run(*files, "--out", tmp_path / "aligned", "--spec", tmp_path / "spec.yml")
+    assert result.exit_code == 0, result.output
+    assert_equal_states(load_file(tmp_path / "aligned" / "b.safetensors"), state)
+    (tmp_path / "spec.yml").write_text("symmetries: 3")
+    broken = run(*files, "--out", tmp_path / "x", "--spec", tmp_path / "spec.yml")
+    assert (broken.exit_code, "The specification is not one" in broken.stderr) == (1, True)
+
+
+def test_layers_of_a_users_specification():
+    from mergekit_karcher.align.symmetry import from_yaml
+
+    shapes = {f"{i}.{t}": (4, 4) for i in range(3) for t in ("in", "out")}
+    document = {
+        "symmetries": [
+            {
+                "name": "mlp {layer}",
+                "size": 2,
+                "layers": 3,
+                "padding": True,
+                "moves": [
+                    {"tensor": "{layer}.in", "axis": 0, "block": 2},
+                    {"tensor": "{layer}.out", "axis": 1, "block": 2},
+                ],
+                "inside": [{"name": "half", "size": 2, "moves": [{"move": 0}, {"move": 1}]}],
+            }
+        ],
+        "fixed": [{"tensor": "*.in", "axis": 1}, {"tensor": "*.out", "axis": 0}],
+    }
+    spec = from_yaml(document, shapes)
+    assert [s.name for s in spec.symmetries] == ["mlp 0", "mlp 1", "mlp 2"]
+    assert spec.symmetries[1].moves == (Move("1.in", 0, 0, 2), Move("1.out", 1, 0, 2))
+    assert spec.symmetries[2].inside[0].moves == (InnerMove(0), InnerMove(1))
+
+
+# ---------------------------------------------------------------- padding
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_narrower_mlps_are_filled_up_with_neurons_that_do_nothing(family, tmp_path):
+    key = {"gpt2": "n_inner"}.get(family, "intermediate_size")
+    narrow = planted.hf_model(family)
+    wide_config = planted.HF[family]().config
+    setattr(wide_config, key, (getattr(wide_config, key) or 96) + 11)
+    torch.manual_seed(9)
+    wide = type(narrow)(wide_config).double().eval()
+    expected = planted.logits(narrow, planted.state_of(narrow))
+    for name, model in (("narrow", narrow), ("wide", wide)):
+        model.save_pretrained(tmp_path / name)
+    out = tmp_path / "aligned"
+    refused = run(tmp_path / "wide", tmp_path / "narrow", "--out", out)
+    assert (refused.exit_code, "--pad fills" in refused.stderr) == (1, True)
+    result = run(tmp_path / "wide", tmp_path / "narrow", "--out", out, "--pad")
+    assert result.exit_code == 0, result.output
+    written = json.loads((out / "narrow" / "config.json").read_text())
+    assert written[key] == getattr(wide_config, key)
+    padded = type(narrow).from_pretrained(out / "narrow", dtype=torch.float64).eval()
+    planted.in_float64(padded)
+    torch.testing.assert_close(
+        planted.logits(padded, padded.state_dict()), expected, rtol=1e-9, atol=1e-10
+    )
+
+
+def test_padded_models_merge_at_the_common_width(tmp_path, merge):
+    narrow, wide = planted.mlp(0, (20, 16, 12, 5)), planted.mlp(1, (20, 18, 15, 5))
+    save_file(narrow, tmp_path / "narrow.safetensors")
+    save_file(wide, tmp_path / "wide.safetensors")
+    files = [tmp_path / "wide.safetensors", tmp_path / "narrow.safetensors"]
+    out = tmp_path / "aligned"
+    assert run(*files, "--out", out, "--pad").exit_code == 0
+    found = load_file(out / "narrow.safetensors")
+    assert shapes_of(found) == shapes_of(wide)
+    inputs = torch.randn(3, 20, dtype=torch.float64)
+    torch.testing.assert_close(forward(found, inputs), forward(narrow, inputs))
+    config = yaml.safe_load((out / "config.yml").read_text())
+    merged = merge(config, command="mergekit-pytorch").weights
+    assert shapes_of(merged) == shapes_of(wide)
+
+
+def forward(state, x):
+    for number in (0, 2, 4):
+        x = x @ state[f"{number}.weight"].T + state[f"{number}.bias"]
+        x = x.relu() if number < 4 else x
+    return x
+
+
+def test_what_cannot_be_padded_is_refused(tmp_path):
+    for name, change in (("a", {}), ("b", {"hidden_size": 40}), ("c", {"num_key_value_heads": 2})):
+        model = planted.HF["llama"]()
+        for key, value in change.items():
+            setattr(model.config, key, value)
+        type(model)(model.config).save_pretrained(tmp_path / name)
+    result = run(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "x", "--pad")
+    assert result.exit_code == 1
+    assert "zeros in the residual stream would change" in result.stderr
+    result = run(tmp_path / "a", tmp_path / "c", "--out", tmp_path / "x", "--pad")
+    assert "padding with zeros would change what these models compute" in result.stderr
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def test_wrong_usage(two_models, tmp_path):
+    first, second = two_models
+    out = tmp_path / "x"
+    for arguments in (
+        [first],
+        [],
+        [first, first],
+        [first, second, "--reference", "other"],
+        [first, second, "--config", tmp_path / "first" / "config.json"],
+    ):
+        assert run(*arguments, "--out", out).exit_code == 2
+    result = run(first, f"{second}+adapter", "--out", out)
+    assert (result.exit_code, "merge the adapter" in result.stderr) == (1, True)
+    (first / "config.json").write_text('{"model_type": "mamba"}')
+    result = run(first, second, "--out", out)
+    assert "of type mamba are not known" in result.stderr
+    assert not out.exists()
+
+
+def test_an_interrupted_write_leaves_nothing_that_looks_whole(two_models, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Checkpoint, "_copy_rest", full)
+    out = tmp_path / "aligned"
+    result = run(*two_models, "--out", out)
+    assert (result.exit_code, "No space left" in result.stderr) == (1, True)
+    assert not (out / "config.yml").exists()
+    assert all(path.name.endswith(".partial") for path in out.iterdir())
+
+
+def test_the_writer_writes_what_safetensors_reads(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 4, dtype=torch.bfloat16),
+        "b": torch.tensor(7),
+        "c": torch.empty(0, 2),
+        "d": torch.tensor([True, False]),
+        "e": torch.randn(4, 3).T,
+    }
+    entries = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    write_safetensors(tmp_path / "x.safetensors", entries, tensors.__getitem__, {"k": "v"})
+    found = load_file(tmp_path / "x.safetensors")
+    assert_equal_states(found, tensors)
+    assert math.prod(found["c"].shape) == 0
+
+
+def test_a_tokenizer_is_copied_as_it_is(three_models, tmp_path):
+    out = tmp_path / "aligned"
+    result = run(*three_models, "--out", out)
+    assert result.exit_code == 0, result.output
+    for model in three_models:
+        own = out / Path(model).name
+        assert len(AutoTokenizer.from_pretrained(own)) == len(AutoTokenizer.from_pretrained(model))
