@@ -85,7 +85,8 @@ def measure(problem: Problem, wanted: Sequence[str] | None) -> Iterator[Row]:
 
 def write(rows: Sequence[Row], path: Path) -> None:
     """The JSON file, one line a row, and the tables and the charts beside it."""
-    path.write_text("[\n" + ",\n".join(json.dumps(_rounded(row)) for row in rows) + "\n]\n")
+    lines = [json.dumps(_rounded(row), separators=(",", ":")) for row in rows]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     path.with_suffix(".md").write_text(markdown(rows))
     plot(rows, path.with_name("quality.png"))
 

@@ -114,10 +114,11 @@ def _task_vectors(report: Report) -> list[str]:
     return [
         f"Their task vectors are {degrees(mean)} degrees apart{on_average}{doubt}: averaging keeps "
         f"{percent(view.linear_length)} % of their length, origin: base all of it.",
-        "In our measurements the full length helped small classifiers with nearly orthogonal task "
-        "vectors (0.5 to 1.1 points of accuracy, unless they had been trained to their limit) and "
-        "cost tiny language models 0.05 to 0.15 bits per byte; for those, origin: base with "
-        "granularity: row and magnitude: linear was best.",
+        "In our measurements the full length gained 0.05 to 0.07 bits per byte in fine-tunes of a "
+        "135M language model that were 0.2 degrees apart, and 0.5 to 1.1 points of accuracy in "
+        "small classifiers with nearly orthogonal task vectors; it cost tiny language models that "
+        "were 6 to 15 degrees apart 0.05 to 0.15 bits, and there magnitude: linear with "
+        "granularity: row was best.",
     ]
 
 
