@@ -108,8 +108,9 @@ def observed(
         lengths = np.sqrt(np.diagonal(gram)).astype(np.float64)
         lengths[-1] = 0
         # Two differences are as exact as they are long; so are the angles that they span.
-        scale = np.maximum(lengths[:, None], lengths) ** 2
-        scale /= max(float(np.sqrt(gram[-1, -1])), 1e-300) ** 2
+        length = float(np.sqrt(gram[-1, -1]))
+        longer = np.maximum(lengths[:, None], lengths)
+        scale = (longer / length) ** 2 if length > 0 else np.zeros(longer.shape)
     index = names.index(base) if base in names else None
     zero = _refined(zero, tensors, _CLOSE * scale)
     return Observation(

@@ -23,6 +23,8 @@ from mergekit_karcher.whole_model import found_by, loads_of, with_one_mean
 
 _LOG = logging.getLogger(__name__)
 
+_REPORT = "MERGEKIT_KARCHER_REPORT"
+
 # The fields of a config below which more parameters may stand.
 _NESTED = ("models", "slices", "sources", "modules")
 
@@ -98,6 +100,13 @@ def _parameter_names(part: Any, place: str) -> Iterator[tuple[str, bool, str]]:
 def _looked_at(tasks: Any, config: Any, out_path: str) -> Any:
     """The plan, checked, its summary begun, and rebuilt where a mean needs all tensors."""
     if config.merge_method not in NAMES:
+        if os.environ.get(_REPORT):
+            _LOG.warning(
+                "%s is set, but only merges by karcher write a report: for %s use "
+                "mergekit-karcher report.",
+                _REPORT,
+                config.merge_method,
+            )
         return tasks
     title = os.path.basename(os.path.abspath(out_path))
     folder = _report_folder(title)
@@ -136,7 +145,7 @@ def looked_at(tasks: Any, title: str, *, watched: bool) -> tuple[list[Any], Stag
 
 def _report_folder(title: str) -> Path | None:
     """Where the environment asks for a report on the merge of that name."""
-    asked = os.environ.get("MERGEKIT_KARCHER_REPORT")
+    asked = os.environ.get(_REPORT)
     if not asked:
         return None
     context = click.get_current_context(silent=True)

@@ -136,6 +136,42 @@ def test_mistakes_get_one_sentence(merged):
     assert_one_sentence(card(merged), "is not a report of the kind mergekit-karcher/report/1")
 
 
+def test_only_the_files_of_a_report_are_copied(merged, tmp_path, monkeypatch):
+    """Even from a folder that holds everything."""
+    for path in (merged / "geometry").iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    (tmp_path / "models.png").unlink()
+    (tmp_path / "large.safetensors").write_text("")
+    assert card(merged, "--report", tmp_path).exit_code == 0
+    names = {path.name for path in (merged / "geometry").iterdir()}
+    assert names == {"report.json", "report.md", "angles.png", "lengths.png"}
+
+
+def test_hub_ids_that_hold_a_local_path_and_hand_written_bases_stay(merged, three_models):
+    readme, config = merged / "README.md", merged / "mergekit_config.yml"
+    document = yaml.safe_load(config.read_text())
+    document["tokenizer_source"] = "org/tokenizer"
+    document["models"][0]["model"] = "runs/a"
+    config.write_text(yaml.safe_dump(document))
+    text = readme.read_text().replace(three_models[0], "runs/a").replace("base_model: []", "")
+    text = text.replace("---\n", "---\nbase_model:\n- org/hand-written\n", 1)
+    readme.write_text(text + "\nSee soruns/a and org/tokenizer and runs/a-instruct.\n")
+    assert card(merged).exit_code == 0
+    written = readme.read_text()
+    assert "See soruns/a and org/tokenizer and runs/a-instruct." in written
+    assert "* a\n" in written
+    assert ModelCard.load(readme).data.base_model == ["org/hand-written"]
+    assert yaml.safe_load(config.read_text())["tokenizer_source"] == "org/tokenizer"
+
+
+def test_a_report_on_another_merge_is_refused(merged, three_models):
+    config = merged / "mergekit_config.yml"
+    before = contents(merged)
+    config.write_text(config.read_text().replace(three_models[2], "/elsewhere/other"))
+    assert_one_sentence(card(merged), "The report is not on the merge that")
+    assert (merged / "README.md").read_bytes() == before[Path("README.md")]
+
+
 def assert_one_sentence(result, words):
     assert result.exit_code == 1
     assert words in result.stderr

@@ -109,7 +109,8 @@ def test_doctor_names_the_switch_that_keeps_us_out(name, value, words):
     (problem,) = found["problems"]
     assert words in problem
     assert "unset it" in problem
-    assert shell("doctor", "--quiet", **{name: value}).stdout == ""
+    quiet = shell("doctor", "--quiet", **{name: value})
+    assert (quiet.stdout, quiet.stderr) == ("", f"{problem}\n")
 
 
 SOUND = {
@@ -173,12 +174,22 @@ def test_an_interpreter_that_does_not_run(tmp_path, monkeypatch):
     [
         "#!/opt/x y/bin/python3.11\n",
         "#!/bin/sh\n'''exec' \"/opt/x y/bin/python3.11\" \"$0\" \"$@\"\n' '''\n",
+        "#!/bin/sh\n'''exec' '/opt/x y/bin/python3.11' \"$0\" \"$@\"\n' '''\n",
     ],
 )
 def test_interpreters_of_scripts(start, tmp_path):
     script = tmp_path / "mergekit-yaml"
     script.write_text(f"{start}import x\n")
     assert doctor._interpreter(script) == "/opt/x y/bin/python3.11"
+
+
+@pytest.mark.parametrize("how", ["/usr/bin/env ", "/usr/bin/env -S "])
+def test_an_interpreter_that_is_looked_for_on_the_path(how, tmp_path, monkeypatch):
+    executable(tmp_path / "python9", "")
+    script = tmp_path / "mergekit-yaml"
+    script.write_text(f"#!{how}python9\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor._interpreter(script) == str(tmp_path / "python9")
 
 
 def executable(path, text):

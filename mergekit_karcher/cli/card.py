@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import click
 import yaml
 from huggingface_hub import ModelCard
 
-from mergekit_karcher.cli.config import MODEL_KEYS, named_in
+from mergekit_karcher.cli.config import MODEL_KEYS, named_in, read_config
 from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.report.files import JSON, plots_in, read
-from mergekit_karcher.report.names import short_names
+from mergekit_karcher.report.files import JSON, copy, plots_in, read
+from mergekit_karcher.report.names import is_local, short_names
 from mergekit_karcher.report.schema import Report
 from mergekit_karcher.report.text import legend, markdown_table
 
@@ -62,11 +61,12 @@ def finish(out: Path, folder: Path | None = None) -> dict[str, str]:
     if not (folder or inside).joinpath(JSON).is_file():
         raise KarcherError(
             f"There is no report in {folder or inside}: merge with MERGEKIT_KARCHER_REPORT={inside}"
-            f" in the environment, or run mergekit-karcher report CONFIG --out {inside}."
+            f" in the environment (after mergekit-multi it is in {inside / out.name}: name that by "
+            f"--report), or run mergekit-karcher report CONFIG --out {inside}."
         )
     report = read(folder or inside)
     if folder is not None and folder.resolve() != inside.resolve():
-        shutil.copytree(folder, inside, dirs_exist_ok=True)
+        copy(folder, inside)
     readme = out / "README.md"
     if not readme.is_file():
         raise KarcherError(
@@ -74,12 +74,16 @@ def finish(out: Path, folder: Path | None = None) -> dict[str, str]:
         )
     try:
         card = ModelCard.load(readme)
-    except ValueError as error:
-        raise KarcherError(f"The front matter of {readme} is not valid: {error}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        where = " ".join(str(error).split())
+        raise KarcherError(f"The front matter of {readme} is not valid: {where}.") from None
     config = out / _CONFIG
-    names = _names(config.read_text(encoding="utf-8"), report) if config.is_file() else {}
+    names = _names(config, report) if config.is_file() else {}
+    listed = card.data.base_model or []
+    listed = [listed] if isinstance(listed, str) else listed
+    kept = [own for own in listed if own not in names and not is_local(own)]
     hub_ids = [hub_id for model in report.models for hub_id in model.hub_ids]
-    card.data.base_model = list(dict.fromkeys(hub_ids)) or None
+    card.data.base_model = list(dict.fromkeys([*kept, *hub_ids])) or None
     body = _without_section(_renamed(card.text, names)).rstrip()
     card.text = f"{body}\n\n{_section(report, inside)}\n"
     _write(readme, str(card))
@@ -106,19 +110,27 @@ def _without_section(text: str) -> str:
     return re.sub(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", "", text, flags=re.DOTALL)
 
 
-def _names(config: str, report: Report) -> dict[str, str]:
-    """What to put in the place of every local path of a config."""
+def _names(config: Path, report: Report) -> dict[str, str]:
+    """What to put in the place of every local path of a config; raises if it is another merge's."""
     on_the_hub = {hub_id for model in report.models for hub_id in model.hub_ids}
+    parts = {part for model in report.models for part in model.name.split("+")}
+    of_paths = {re.split(r"[/\\]", part)[-1] for part in parts - on_the_hub}
 
-    def is_local(path: str) -> bool:
-        return os.sep in path and path.split("@")[0] not in on_the_hub
+    def local(path: str) -> bool:
+        path = path.split("@")[0]
+        # A path of two parts looks like a Hub id once it is not there any more.
+        known = path not in on_the_hub and re.split(r"[/\\]", path.rstrip("/"))[-1] in of_paths
+        return path not in on_the_hub and (is_local(path) or known)
 
-    try:
-        documents = list(yaml.safe_load_all(config))
-    except yaml.YAMLError:
-        return {}
-    references = list(dict.fromkeys(named_in(documents, _PATH_KEYS)))
-    short = short_names(references, is_local)
+    document = read_config(config)
+    references = list(dict.fromkeys(named_in(document, _PATH_KEYS)))
+    short = short_names(references, local)
+    missing = {model.name for model in report.models} - set(short.values())
+    if missing or document["merge_method"] != report.settings.merge_method:
+        raise KarcherError(
+            f"The report is not on the merge that {config} describes"
+            f"{': that has no ' + ', '.join(sorted(missing)) if missing else ''}; write it anew."
+        )
     names = {}
     for reference in references:
         pieces = zip(reference.split("+"), short[reference].split("+"), strict=True)
@@ -129,8 +141,10 @@ def _names(config: str, report: Report) -> dict[str, str]:
 def _renamed(text: str, names: dict[str, str]) -> str:
     # The longest first: one path may be the beginning of another.
     for path in sorted(names, key=len, reverse=True):
-        link = f"[{path}](https://huggingface.co/{path})"
-        text = text.replace(link, names[path]).replace(path, names[path])
+        text = text.replace(f"[{path}](https://huggingface.co/{path})", names[path])
+        # Nothing that the path is only a part of.
+        whole = rf"(?<![\w./-]){re.escape(path)}(?![\w./-])"
+        text = re.sub(whole, lambda _, name=names[path]: name, text)  # type: ignore[misc]
     return text
 
 

@@ -20,6 +20,8 @@ def read_config(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())
         raise KarcherError(f"{path} is not valid YAML: {where}.") from None
+    if not any(documents):
+        raise KarcherError(f"{path} is empty.")
     if len(documents) != 1:
         raise KarcherError(
             f"{path} has {len(documents)} documents: give the one stage of mergekit-multi that is "

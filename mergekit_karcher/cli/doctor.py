@@ -69,6 +69,8 @@ def main(context: click.Context, as_json: bool, quiet: bool) -> None:
         click.echo(json.dumps(found, indent=2))
     elif not quiet:
         _show(found)
+    elif found["problems"]:
+        click.echo("\n".join(found["problems"]), err=True)
     context.exit(0 if found["active"] else 1)
 
 
@@ -159,11 +161,13 @@ def _interpreter(script: Path) -> str:
     with script.open("rb") as file:
         start = file.read(1024).decode("utf-8", "replace")
     # Where the path is long, the first line is a shell's, and the second has the path in quotes.
-    match = re.match(r"#!(?:/bin/sh\s+\S+ )?\"?([^\"\n]*python[^\"\s]*)", start)
-    if match:
-        return match[1]
+    first = re.match(r"#!(?:/bin/sh\s+\S*exec' )?[\"']?([^\"'\n]*python[^\"'\s]*)", start)
+    found = first[1].strip() if first else ""
+    by_name = re.fullmatch(r"\S*/env (?:-S )?(\S+)", found)
+    if by_name:
+        found = shutil.which(by_name[1]) or ""
     beside = shutil.which("python", path=str(script.parent))
-    return beside or sys.executable
+    return found or beside or sys.executable
 
 
 def _probed(python: str) -> dict[str, Any]:

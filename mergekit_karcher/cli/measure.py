@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from mergekit_karcher.method import NAMES
 from mergekit_karcher.plan import check_parameter_names, looked_at
 from mergekit_karcher.plugin import register
 from mergekit_karcher.report.build import build
+from mergekit_karcher.report.names import RAW_SUFFIXES, is_local
 from mergekit_karcher.report.planned import planned_of
 from mergekit_karcher.report.schema import Report
 from mergekit_karcher.whole_model import means_only
@@ -29,22 +33,31 @@ def report_on(path: Path, options: Any) -> Report:
     """Read a config and all its weights once, and report.
 
     path: a config of mergekit-yaml or mergekit-pytorch, of any merge method: of another one the
-    models, weights and base are taken, the base as origin if it and two more models are there.
+    models are taken, their weights without sign, and the base, as origin of the tensors that two
+    more models share with it.
     options: mergekit's MergeOptions. Holds one tensor of each model at a time.
     Raises `KarcherError` for what a merge with our method would refuse.
     """
     register()
     document = read_config(path)
+    _check_devices(options)
     asked_for = str(document.get("merge_method"))
     if asked_for not in NAMES:
-        document = _as_ours(document)
-    raw = all(Path(model).is_file() for model in named_in(document)) and "models" in document
+        document = _stripped(document) | {"merge_method": _OURS}
+    paths = list(named_in(document))
+    for model in paths:
+        place = model.split("+")[0].split("@")[0]
+        if is_local(place) and not os.path.exists(place):
+            raise KarcherError(f"There is no model at {place}.")
+    raw = any(model.endswith(RAW_SUFFIXES) for model in paths)
     config, tasks = (_planned_raw if raw else _planned)(document, options)
+    if asked_for not in NAMES:
+        tasks = [_as_ours(task) for task in tasks]
     merges, stage = looked_at(tasks, path.name, watched=True)
     if not merges:
         raise KarcherError(f"There is nothing to report on in {path}: it merges no tensor.")
     planned = planned_of(config, merges, asked_for)
-    if all(len(task.model_order) < 2 for task in merges):
+    if all(_inputs(task) < 2 for task in merges):
         raise KarcherError(
             f"There is nothing to compare in {path}: every tensor comes from one model."
         )
@@ -55,14 +68,36 @@ def report_on(path: Path, options: Any) -> Report:
     return build(planned, stage.observations, means)
 
 
-def _as_ours(document: dict[str, Any]) -> dict[str, Any]:
-    """The config of another method as one of ours."""
-    base = document.get("base_model")
-    others = set(named_in(document)) - {base}
-    ours: dict[str, Any] = _stripped(document) | {"merge_method": _OURS}
-    if base and len(others) > 1:
-        ours["parameters"] = ours.get("parameters", {}) | {"origin": "base"}
-    return ours
+def _check_devices(options: Any) -> None:
+    from mergekit.common import get_torch_accelerator_type
+
+    if options.multi_gpu and get_torch_accelerator_type() is None:
+        raise KarcherError("--multi-gpu needs a GPU, and torch sees none.")
+
+
+def _inputs(task: Any) -> int:
+    return len(task.model_order) - int(task.parameters["origin"] == "base")
+
+
+def _as_ours(task: Any) -> Any:
+    """A planned task of another method's config with an origin and weights that ours can use."""
+    from mergekit.common import ImmutableMap
+
+    merge = getattr(task, "tensor_task", None)
+    if merge is None:
+        return task
+    around_base = merge.base_model in merge.model_order and len(merge.model_order) > 2
+    parameters = {**dict(merge.parameters.items()), "origin": "base" if around_base else "zero"}
+    weights = {m: abs(own["weight"]) for m, own in merge.input_parameters.items()}
+    counted = [w for m, w in weights.items() if not (around_base and m == merge.base_model)]
+    if not any(counted):
+        weights = dict.fromkeys(weights, 1.0)
+    inputs = {model: ImmutableMap(data={"weight": weight}) for model, weight in weights.items()}
+    changed = {
+        "parameters": ImmutableMap(data=parameters),
+        "input_parameters": ImmutableMap(data=inputs),
+    }
+    return task.model_copy(update={"tensor_task": merge.model_copy(update=changed)})
 
 
 def _stripped(part: Any) -> Any:
@@ -110,9 +145,9 @@ def _planned_raw(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[
     config = _validated(merge_raw_pytorch.RawPyTorchMergeConfig, document)
     check_parameter_names(config, merge_methods.get(config.merge_method))
     plan = merge_raw_pytorch.plan_flat_merge.__wrapped__
-    tasks = plan(config, "", tensor_union=True, tensor_intersection=False, options=options)
-    # mergekit plans these in the order of a set.
-    return config, sorted(tasks, key=lambda task: getattr(task, "tensor_name", ""))
+    with contextlib.redirect_stderr(io.StringIO()) if options.quiet else contextlib.nullcontext():
+        tasks = plan(config, "", tensor_union=True, tensor_intersection=False, options=options)
+    return config, tasks
 
 
 def _validated(kind: Any, document: dict[str, Any]) -> Any:

@@ -42,7 +42,7 @@ def main(config: Path, out: Path | None, as_json: bool, merge_options: MergeOpti
     """Show the geometry of the models of a config, without merging them.
 
     CONFIG is a config of mergekit-yaml or mergekit-pytorch, of any merge method. Reads all weights
-    once: about half of the time of the merge, and its memory. How far the models are apart, what
+    once: about 0.6 of the time of the merge, and less memory. How far the models are apart, what
     plain averaging would lose, which modules disagree, and whether the method matters at all.
     """
     merge_options.apply_global_options()
@@ -51,7 +51,7 @@ def main(config: Path, out: Path | None, as_json: bool, merge_options: MergeOpti
     report = report_on(config, merge_options)
     if as_json:
         click.echo(report.model_dump_json(by_alias=True))
-    elif not merge_options.quiet:
+    else:
         console = Console()
         show(report, console if console.is_terminal else Console(width=_WIDTH))
     if out is not None and not write(report, out):

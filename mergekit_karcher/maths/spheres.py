@@ -132,17 +132,17 @@ def seen_from(sphere: Sphere, index: int) -> Sphere:
 def joined(spheres: Sequence[Sphere]) -> Sphere:
     """Vectors that consist of those parts; a pair counts the parts that both of it have."""
     norms = np.array([sphere.norms for sphere in spheres])
-    apart = np.array([sphere.squared_differences for sphere in spheres])
+    parts = np.array([np.nan_to_num(sphere.chords) for sphere in spheres])
     both = np.isfinite(norms[:, :, None]) & np.isfinite(norms[:, None, :])
-    known = np.nan_to_num(norms) ** 2
-    first = np.sqrt(np.where(both, known[:, :, None], 0).sum(0))
-    rise = np.where(both, known[:, :, None] - known[:, None, :], 0).sum(0)
-    sums = first + first.T
-    steps = rise / np.where(sums > 0, sums, 1)
-    apart = np.where(both, apart, 0).sum(0)
-    products = np.where(first * first.T > 0, first * first.T, np.nan)
-    chords = np.clip((apart - steps**2) / products, 0, 4)
-    lengths = np.where(np.isfinite(norms).any(0), np.sqrt(known.sum(0)), np.nan)
+    first = np.where(both, np.nan_to_num(norms)[:, :, None], 0)
+    totals = np.sqrt((first**2).sum(0))
+    shares = first / np.where(totals > 0, totals, 1)
+    others = shares.transpose(0, 2, 1)
+    # |sum a p - sum b q|^2 over orthogonal parts, a and b of length one: no digit is lost.
+    chords = (shares * others * parts + (shares - others) ** 2).sum(0)
+    chords = np.where((totals > 0) & (totals.T > 0), np.clip(chords, 0, 4), np.nan)
+    there = np.isfinite(norms).any(0)
+    lengths = np.where(there, np.sqrt((np.nan_to_num(norms) ** 2).sum(0)), np.nan)
     np.fill_diagonal(chords, np.where(lengths > 0, 0, np.nan))
     return Sphere(lengths, chords)
 

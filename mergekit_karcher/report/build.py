@@ -66,15 +66,20 @@ def build(
         for name, own in seen.items()
     ]
     whole = joined([own.zero for own in seen.values()])
-    weights = _overall_weights(seen.values())
     base = models.index(planned.base) if planned.base in models else None
+    tasks = None if base is None else _whole_view("base", seen_from(whole, base), seen.values())
+    rounding = None
+    if tasks is not None and tasks.pairs():
+        noise = np.sqrt(np.nansum([_noise(own) ** 2 for own in seen.values()], 0))
+        rounding = _vector(noise / np.array([n or np.nan for n in tasks.norms], dtype=float))
     report = Report(
         schema=SCHEMA,
         version=__version__,
         settings=planned.settings,
         models=list(planned.models.values()),
-        whole=_view("zero", whole, weights),
-        whole_tasks=None if base is None else _view("base", seen_from(whole, base), weights),
+        whole=_whole_view("zero", whole, seen.values()),
+        whole_tasks=tasks if rounding is not None else None,
+        whole_rounding=rounding,
         verdict="",
         kinds=_kinds(tensors, base),
         tensors=tensors,
@@ -96,11 +101,12 @@ def _tensor(planned: Planned, seen: Observation, mean: KarcherMean, granularity:
         coefficients[inputs] = mean.coefficients
         known = np.nan_to_num(coefficients)
         angles = np.where(inputs, sphere.angles_to(known), np.nan)
-        roundoff = planned.roundoff or float(np.nanmin(seen.roundoffs))
+        # What the files do not hold is not told apart either.
+        roundoff = max(planned.roundoff or 0.0, float(np.nanmin(seen.roundoffs)))
         rounding = roundoff * RMS_ROUNDING * _length(seen.zero, shares)
         gap = sphere.gap(known, shares) * _length(sphere, shares) / (rounding or float("nan"))
     directed = np.isfinite(angles)
-    spread = np.sqrt(shares[directed] @ angles[directed] ** 2)
+    spread = np.sqrt(shares[directed] @ angles[directed] ** 2 / (shares[directed].sum() or 1))
     own = _view(seen.origin, sphere, seen.weights)
     other = None
     if seen.base is not None:
@@ -130,9 +136,41 @@ def _tensor(planned: Planned, seen: Observation, mean: KarcherMean, granularity:
 def _rounding(seen: Observation) -> Vector | None:
     if seen.base is None:
         return None
-    noise = RMS_ROUNDING * seen.roundoffs * seen.zero.norms
     lengths = np.where(seen.base.norms > 0, seen.base.norms, np.nan)
-    return _vector(noise / lengths)
+    return _vector(_noise(seen) / lengths)
+
+
+def _noise(seen: Observation) -> Floats:
+    """The length of what rounding may have changed in each model, (N,)."""
+    noise: Floats = RMS_ROUNDING * seen.roundoffs * seen.zero.norms
+    return noise
+
+
+def _whole_view(origin: str, whole: Sphere, seen: Iterable[Observation]) -> View:
+    """All tensors as one vector; weights may differ from one to the other."""
+    parts = []
+    for own in seen:
+        sphere = own.zero if origin == "zero" else own.base
+        if sphere is not None:
+            shares = _shares(own.weights)
+            mean = _length(sphere, shares)
+            kept = sphere.linear_length(shares)
+            if mean > 0 and np.isfinite(kept):
+                parts.append((shares, mean, kept))
+    if not parts:
+        length = float("nan")
+    elif all(np.array_equal(shares, parts[0][0]) for shares, *_ in parts):
+        length = whole.linear_length(parts[0][0])
+    else:
+        means = np.array([mean for _, mean, _ in parts])
+        merged = means * np.array([kept for *_, kept in parts])
+        length = float(np.linalg.norm(merged) / np.linalg.norm(means))
+    return View(
+        origin=origin,
+        norms=_vector(whole.norms),
+        angles=_matrix(whole.angles),
+        linear_length=_number(length),
+    )
 
 
 def _view(origin: str, sphere: Sphere, weights: Floats) -> View:
@@ -154,15 +192,6 @@ def _shares(weights: Floats) -> Floats:
     """Weights that sum to one; zero for what takes no part."""
     shares: Floats = normalised(np.nan_to_num(weights))
     return shares
-
-
-def _overall_weights(seen: Iterable[Observation]) -> Floats:
-    """The mean weight of each model over the tensors; NaN for one that has none."""
-    shares = np.array([np.where(np.isfinite(o.weights), _shares(o.weights), np.nan) for o in seen])
-    there = np.isfinite(shares).any(0)
-    overall = np.full(shares.shape[1], np.nan)
-    overall[there] = np.nan_to_num(shares[:, there]).mean(0)
-    return overall
 
 
 def _kinds(tensors: Sequence[Tensor], base: int | None) -> list[Kind]:
@@ -195,10 +224,12 @@ def _kind(kind: str, tensors: Sequence[Tensor], base: int | None) -> Kind:
         not_unique=sum(not tensor.unique for tensor in tensors),
         task_angle_median=_median(task_angles),
         task_linear_length_median=_median([view.linear_length for view in tasks if view]),
-        task_rounding_median=_median(
-            [value for tensor in tensors for value in tensor.rounding or ()]
-        ),
+        task_rounding_median=_median([_largest(tensor.rounding) for tensor in tensors]),
     )
+
+
+def _largest(values: Vector | None) -> float | None:
+    return max((value for value in values or () if value is not None), default=None)
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -26,6 +28,8 @@ def make_folder(folder: Path) -> None:
     """Make the folder of a report before the work that fills it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise KarcherError(
             f"The report cannot be written to {folder} ({error.strerror}): name another folder."
@@ -54,6 +58,15 @@ def write(report: Report, folder: Path) -> bool:
 def plots_in(folder: Path) -> list[tuple[str, str]]:
     """(file, what it shows) for each plot of a report."""
     return [(file, title) for file, title in TITLES.items() if (folder / file).is_file()]
+
+
+def copy(source: Path, target: Path) -> None:
+    """The files of a report, and no other, in the place of those of an older one."""
+    make_folder(target)
+    for name in (JSON, MARKDOWN, *TITLES):
+        (target / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def read(folder: Path) -> Report:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
+
+# What raw checkpoints of mergekit-pytorch end in.
+RAW_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def short_names(references: Sequence[str], local: Callable[[str], bool]) -> dict[str, str]:
@@ -15,7 +19,7 @@ def short_names(references: Sequence[str], local: Callable[[str], bool]) -> dict
     result = {}
     for own in references:
         others = [other for other in references if other != own]
-        depths = range(1, own.count(os.sep) + 2)
+        depths = range(1, len(re.split(r"[/\\]", own)) + 1)
         unique = (
             depth
             for depth in depths
@@ -28,12 +32,12 @@ def short_names(references: Sequence[str], local: Callable[[str], bool]) -> dict
 def is_local(path: str) -> bool:
     """Whether a model of a config is a file or folder here, and not a Hub id."""
     path = path.split("@")[0]
-    return os.path.exists(path) or path[:1] in ("/", ".", "~") or path.count("/") > 1
+    return os.path.exists(path) or path[:1] in ("/", "\\", ".", "~") or path.count("/") > 1
 
 
 def _shortened(reference: str, depth: int, local: Callable[[str], bool]) -> str:
     parts = []
     for path in reference.split("+"):
-        pieces = os.path.abspath(os.path.expanduser(path)).split(os.sep)
+        pieces = re.split(r"[/\\]", os.path.abspath(os.path.expanduser(path)))
         parts.append("/".join(pieces[-depth:]) if local(path) else path)
     return "+".join(parts)

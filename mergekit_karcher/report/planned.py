@@ -16,6 +16,9 @@ def planned_of(config: Any, merges: Sequence[Any], asked_for: str) -> Planned:
     """From a config, its merge tasks, and the merge method that its author asked for."""
     from mergekit.common import dtype_from_name
 
+    if not hasattr(config, "slices"):
+        # mergekit-pytorch plans its tensors in the order of a set.
+        merges = sorted(merges, key=lambda task: str(task.output_weight.name))
     paths = list(dict.fromkeys(str(model) for task in merges for model in task.model_order))
     bases = dict.fromkeys(str(task.base_model) for task in merges if task.base_model is not None)
     base = next((path for path in bases if path in paths), None)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mergekit_karcher.report.kinds import ORDER
 from mergekit_karcher.report.schema import Matrix, Report, Tensor, View
+from mergekit_karcher.report.verdict import NOISE
 
 _DPI = 100
 # Cells of the matrix of models are labelled with their angle up to this many models.
@@ -150,6 +151,8 @@ def _lengths(report: Report, title: str) -> Any:
 
 
 def _lost(tensors: Sequence[Tensor], origin: str) -> float:
+    if origin == "base":
+        tensors = [t for t in tensors if max((s for s in t.rounding or () if s), default=0) < NOISE]
     views = [view for tensor in tensors if (view := tensor.view(origin)) is not None]
     kept = [view.linear_length for view in views if view.linear_length is not None]
     return 100 * (1 - median(kept)) if kept else math.nan

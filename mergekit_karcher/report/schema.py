@@ -71,10 +71,11 @@ class Tensor(_Part):
     spread: the root of the weighted mean of their squares.
     unique, status: whether the mean was proven to be unique, and how it ended.
     linear_gap: the distance between the Karcher mean and the linear mean scaled to its length, in
-        units of what rounding to the output's dtype changes; null with granularity row.
+        units of what rounding to the output's dtype changes, or to that of the files where that
+        is coarser; null with granularity row.
     other: the same models as seen from the other origin, where there is a base model.
     rounding: for each model, what rounding to the dtype of its file may change, over the length
-        of its difference from the base. From about 0.5 on that difference says nothing.
+        of its difference from the base. From 0.7 on that difference says nothing.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Kind(_Part):
     """All tensors of one kind of module. Lengths are as in `View`, the rest as in `Tensor`.
 
     angle: between two models, over tensors and pairs. task_*: as seen from the base model.
+    task_rounding_median: of the model of which rounding may have taken most.
     """
 
     kind: str
@@ -130,6 +132,8 @@ class Report(_Part):
     """The geometry of one merge.
 
     whole: all tensors of each model as one vector; tied weights count once, buffers not at all.
+    Where weights differ from tensor to tensor, the lengths are those of the merged vectors.
+    whole_rounding: as `Tensor.rounding`, of the whole models.
     """
 
     schema_: str = Field(SCHEMA, alias="schema")
@@ -138,6 +142,7 @@ class Report(_Part):
     models: list[Model]
     whole: View
     whole_tasks: View | None
+    whole_rounding: Vector | None
     verdict: str
     kinds: list[Kind]
     tensors: list[Tensor]

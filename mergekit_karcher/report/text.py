@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,16 +25,23 @@ def _lost(length: float | None) -> str:
     return "" if length is None else f"{100 * (1 - length):.2g}"
 
 
+def _is_noise(kind: Kind) -> bool:
+    return kind.task_rounding_median is not None and kind.task_rounding_median >= NOISE
+
+
 def _task_angle(kind: Kind) -> str:
-    noise = kind.task_rounding_median
-    return "noise" if noise is not None and noise >= NOISE else _angle(kind.task_angle_median)
+    return "noise" if _is_noise(kind) else _angle(kind.task_angle_median)
+
+
+def _kept(kind: Kind) -> str:
+    return "" if _is_noise(kind) else _percent(kind.task_linear_length_median)
 
 
 Column = tuple[str, Callable[[Kind], str]]
 
 _COLUMNS: Sequence[Column] = (
     ("tensors", lambda kind: str(kind.tensors)),
-    ("angle, median", lambda kind: _angle(kind.angle_median)),
+    ("angle", lambda kind: _angle(kind.angle_median)),
     ("largest", lambda kind: _angle(kind.angle_largest)),
     ("spread", lambda kind: _angle(kind.spread_median)),
     ("lost, %", lambda kind: _lost(kind.linear_length_median)),
@@ -42,7 +50,7 @@ _COLUMNS: Sequence[Column] = (
 )
 _TASK_COLUMNS: Sequence[Column] = (
     ("task angle", _task_angle),
-    ("kept, %", lambda kind: _percent(kind.task_linear_length_median)),
+    ("kept, %", _kept),
     ("rounding, %", lambda kind: _percent(kind.task_rounding_median)),
 )
 
@@ -58,10 +66,11 @@ def _columns(report: Report) -> list[Column]:
 def legend(report: Report) -> str:
     """What the columns of the table are."""
     words = (
-        "Angles in degrees, between every two models, tensor by tensor; spread: to the mean. "
-        "Lost: the length that plain averaging loses. To linear: the largest difference between "
+        "Angles in degrees, between every two models, tensor by tensor (median and largest); "
+        "spread: to the mean. Lost: the length that plain averaging loses. To linear: the largest "
+        "difference between "
         "Karcher and averaging scaled to the same length, 1 being what rounding to "
-        f"{output_dtype(report)} changes."
+        f"{output_dtype(report)} changes (or to the files' dtype, if that is coarser)."
     )
     if report.whole_tasks:
         words += (
@@ -113,10 +122,10 @@ def show(report: Report, console: Console) -> None:
 
 
 def _table(report: Report, title: str, columns: Sequence[Column]) -> Table:
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE)
     table.add_column("module", no_wrap=True)
     for name, _ in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for kind in report.kinds:
         table.add_row(kind.kind, *(cell(kind) for _, cell in columns))
     return table
