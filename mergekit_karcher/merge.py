@@ -84,6 +84,7 @@ def karcher_mean(
     base: torch.Tensor | None = None,
     granularity: Literal["tensor", "row"] = "tensor",
     magnitude: Literal["arithmetic", "linear", "geometric"] = "arithmetic",
+    pad: bool = False,
     max_iter: int = MAX_ITER,
     tol: float = TOL,
 ) -> tuple[torch.Tensor, KarcherMean]:
@@ -102,6 +103,8 @@ def karcher_mean(
         itself, and tensors of fewer than two axes whole.
     magnitude: the length, from w_i that sum to one: "arithmetic", sum_i w_i |W_i| (equation 6);
         "linear", |sum_i w_i W_i|; "geometric", prod_i |W_i|^(w_i).
+    pad: fill tensors whose shapes differ up with zeros, at the end of each axis, to the largest
+        size of it (paper, section 6.2); copies are made of those that need it.
     max_iter: steps at most; a handful suffices. tol: radians, the longest tangent step that
         counts as converged.
 
@@ -117,9 +120,31 @@ def karcher_mean(
         raise KarcherError(f"granularity is {granularity!r}: give tensor or row.")
     if magnitude not in [kind.value for kind in Magnitude]:
         raise KarcherError(f"magnitude is {magnitude!r}: give arithmetic, linear or geometric.")
+    if pad:
+        *tensors, base = _padded([*tensors, base])
     settings = Settings(granularity, Magnitude(magnitude), max_iter, tol)
     (merged,), mean = merge([Group("the tensor", tensors, labels, base)], values, settings)
     return merged, mean
+
+
+def _padded(tensors: Sequence[torch.Tensor | None]) -> list[Any]:
+    given = [tensor for tensor in tensors if tensor is not None]
+    if len({tensor.ndim for tensor in given}) > 1:
+        axes = " and ".join(str(n) for n in sorted({tensor.ndim for tensor in given}))
+        raise KarcherError(
+            f"The tensors have {axes} axes: padding makes axes longer, it does not add any."
+        )
+    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in given), strict=True)]
+
+    def wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None or list(tensor.shape) == shape:
+            return tensor
+        # torch counts axes from the last one, and gives each its room before and after.
+        more = zip(reversed(tensor.shape), reversed(shape), strict=True)
+        room = [size for own, wanted in more for size in (0, wanted - own)]
+        return torch.nn.functional.pad(tensor, room)
+
+    return [wide(tensor) for tensor in tensors]
 
 
 def merge(

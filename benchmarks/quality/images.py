@@ -36,6 +36,11 @@ class Images:
     held_out: Split
 
 
+def mnist(cache: Path) -> Images:
+    """All of MNIST."""
+    return _load("mnist", _fetch_mnist(cache / "mnist"), stride=1)
+
+
 def data_sets(cache: Path) -> list[Images]:
     """MNIST, and Fashion-MNIST where there are apt-get and dpkg-deb."""
     found = [_load("mnist", _fetch_mnist(cache / "mnist"))]
@@ -64,7 +69,7 @@ def _fetch_fashion(folder: Path) -> Path:
     return next(folder.rglob("train-images-idx3-ubyte*")).parent
 
 
-def _load(name: str, folder: Path) -> Images:
+def _load(name: str, folder: Path, stride: int = _TEST_STRIDE) -> Images:
     images = _idx(folder, "train-images-idx3-ubyte")
     centre, spread = images.float().mean(), images.float().std()
 
@@ -73,7 +78,7 @@ def _load(name: str, folder: Path) -> Images:
         labels = _idx(folder, f"{which}-labels-idx1-ubyte")[::stride]
         return Split(((pixels.float() - centre) / spread).reshape(-1, PIXELS), labels.long())
 
-    return Images(name, split("train", 1), split("t10k", _TEST_STRIDE))
+    return Images(name, split("train", 1), split("t10k", stride))
 
 
 def _idx(folder: Path, stem: str) -> torch.Tensor:

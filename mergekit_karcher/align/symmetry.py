@@ -48,6 +48,7 @@ class Symmetry:
     """Units that may stand in any order.
 
     padding: whether units of zeros change nothing, so that a model with fewer may get some.
+    feeds: the weights whose outputs are the units' pre-activations, for the repair.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Symmetry:
     moves: tuple[Move, ...]
     inside: tuple[Inside, ...] = ()
     padding: bool = False
+    feeds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,9 @@ def present(symmetry: Symmetry, shapes: Shapes) -> Symmetry:
 def from_yaml(document: Any, shapes: Shapes) -> Specification:
     """A user's specification.
 
-    symmetries: a list of {name, size, moves, inside, padding, layers}; moves of {tensor, axis,
-    offset, block}, those of inside of {move, offset, block}. With layers: N a symmetry stands for
-    N, with {layer} in its names from 0 on. fixed: a list of {tensor, axis}, tensors as patterns.
+    symmetries: a list of {name, size, moves, inside, padding, feeds, layers}; moves of {tensor,
+    axis, offset, block}, those of inside of {move, offset, block}. With layers: N a symmetry
+    stands for N, with {layer} in its names from 0 on. fixed: a list of {tensor, axis}, tensors as patterns.
     """
     try:
         symmetries = tuple(_expanded(document["symmetries"]))
@@ -150,6 +152,7 @@ def _expanded(entries: Iterable[Mapping[str, Any]]) -> Iterator[Symmetry]:
                     for inner in entry.get("inside", ())
                 ),
                 bool(entry.get("padding", False)),
+                tuple(named(name) for name in entry.get("feeds", ())),
             )
 
 

@@ -22,6 +22,7 @@ _COMMANDS = {
         "mergekit_karcher.cli.doctor",
         "Say which karcher mergekit-yaml would run, and why.",
     ),
+    "repair": ("mergekit_karcher.cli.repair", "Liven up the hidden units of a merged network."),
     "report": ("mergekit_karcher.cli.report", "Show the geometry of a config's models."),
 }
 

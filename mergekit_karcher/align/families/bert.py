@@ -58,6 +58,7 @@ def _layer(start: str, shapes: Shapes, heads: int, block: int) -> Iterator[Symme
             Move(f"{start}output.dense.weight", 1),
         ),
         padding=True,
+        feeds=(f"{start}intermediate.dense.weight",),
     )
     attention = f"{start}attention."
     names = [f"{attention}self.{name}" for name in ("query", "key", "value")]

@@ -55,6 +55,7 @@ def _layer(start: str, shapes: Shapes, width: int, heads: int) -> Iterator[Symme
             Move(f"{start}mlp.c_proj.weight", 0),
         ),
         padding=True,
+        feeds=(f"{start}mlp.c_fc.weight",),
     )
     block = width // heads
     parts = (0, width, 2 * width)  # queries, keys, values

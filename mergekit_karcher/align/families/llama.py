@@ -61,6 +61,7 @@ def _layer(start: str, shapes: Shapes, heads: int, groups: int, width: int) -> I
             Move(f"{start}mlp.up_proj.bias", 0),
         ),
         padding=True,
+        feeds=(f"{start}mlp.gate_proj.weight", f"{start}mlp.up_proj.weight"),
     )
     attention = f"{start}self_attn."
     queries = heads // groups

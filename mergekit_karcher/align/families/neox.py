@@ -55,6 +55,7 @@ def _layer(start: str, shapes: Shapes, heads: int, block: int) -> Iterator[Symme
             Move(f"{start}mlp.dense_4h_to_h.weight", 1),
         ),
         padding=True,
+        feeds=(f"{start}mlp.dense_h_to_4h.weight",),
     )
     attention = f"{start}attention."
     moves = (

@@ -41,7 +41,9 @@ def specification(shapes: Shapes) -> Specification:
                     raise _no_stack(f"{weight} reads {shape[1]} units, but {first} has {width}")
                 # Pixels of a channel follow each other where an image becomes a vector.
                 waiting.append(Move(weight, 1, 0, shape[1] // width))
-                symmetries.append(Symmetry(first, width, tuple(waiting), padding=True))
+                symmetries.append(
+                    Symmetry(first, width, tuple(waiting), padding=True, feeds=(waiting[0].tensor,))
+                )
             else:
                 fixed.append((weight, 1))
             fixed += [(weight, axis) for axis in range(2, len(shape))]
