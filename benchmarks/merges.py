@@ -44,7 +44,7 @@ def merges(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
         # Or else the first merges would compete with the writing.
         os.sync()
         calls = {c: partial(_merge, c, folder, models) for c in _METHODS}
-        calls[START_UP] = partial(_watch, ["--help"], folder / "log", os.environ)
+        calls[START_UP] = partial(watch, ["--help"], folder / "log", os.environ)
         counts = dict.fromkeys(calls, rounds) | {BUILTIN: 1}
         cached = interleave(calls, counts)
         some = {name: calls[name] for name in (OURS, WHOLE_MODEL, LINEAR)}
@@ -91,9 +91,9 @@ def _report(contestant: str, origin: str, folder: Path, models: Sequence[Path]) 
         environment["MERGEKIT_KARCHER_REPORT"] = str(folder / "geometry")
     if contestant == REPORT:
         arguments = ["report", str(config), "--out", str(folder / "geometry")]
-        measured = _watch(arguments, log, environment, command="mergekit-karcher")
+        measured = watch(arguments, log, environment, command="mergekit-karcher")
     else:
-        measured = _watch([str(config), str(out), "--no-copy-tokenizer"], log, environment)
+        measured = watch([str(config), str(out), "--no-copy-tokenizer"], log, environment)
         shutil.rmtree(out)
     if contestant != MERGE:
         (folder / "geometry" / "report.json").unlink()
@@ -159,14 +159,14 @@ def _merge(contestant: str, folder: Path, models: Sequence[Path]) -> dict[str, f
     config.write_text(yaml.safe_dump(document))
     environment = {"HF_HUB_OFFLINE": "1", "MERGEKIT_KARCHER": "0" if contestant == BUILTIN else "1"}
     arguments = [str(config), str(out), "--no-copy-tokenizer"]
-    measured = _watch(arguments, log, os.environ | environment)
+    measured = watch(arguments, log, os.environ | environment)
     if ("tensors merged" in log.read_text()) != (contestant in (OURS, WHOLE_MODEL)):
         raise RuntimeError(f"the wrong method ran for {contestant}:\n{log.read_text()[-2000:]}")
     shutil.rmtree(out)
     return measured
 
 
-def _watch(
+def watch(
     arguments: Sequence[str], log: Path, environment: Any, command: str = "mergekit-yaml"
 ) -> dict[str, float]:
     """Run a command and sample its memory.

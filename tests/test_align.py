@@ -22,10 +22,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_karcher.align import assign, match
+from mergekit_karcher.align import repair as repairs
 from mergekit_karcher.align.checkpoint import Checkpoint, write_safetensors
 from mergekit_karcher.align.families import stack
 from mergekit_karcher.align.symmetry import InnerMove, Inside, Move, Specification, Symmetry
 from mergekit_karcher.cli.main import main
+from mergekit_karcher.cli.repair import Stack
 from mergekit_karcher.errors import KarcherError
 
 FAMILIES = sorted(planted.HF)
@@ -604,6 +606,113 @@ def test_what_cannot_be_padded_is_refused(tmp_path):
     assert "zeros in the residual stream would change" in result.stderr
     result = run(tmp_path / "a", tmp_path / "c", "--out", tmp_path / "x", "--pad")
     assert "padding with zeros would change what these models compute" in result.stderr
+
+
+# ---------------------------------------------------------------- repair
+
+
+def spread_of_hidden(state, inputs):
+    """Standard deviation of every pre-activation of the first two layers."""
+    found = []
+    x = inputs
+    for number in (0, 2):
+        x = x @ state[f"{number}.weight"].T + state[f"{number}.bias"]
+        found.append((x.mean(0), x.std(0, correction=0)))
+        x = x.relu()
+    return found
+
+
+def test_repair_gives_every_unit_the_moments_of_its_parents(tmp_path):
+    """The definition: after it, mean and deviation are the means of the parents'."""
+    parents = [{k: v.float() for k, v in planted.mlp(seed).items()} for seed in range(3)]
+    merged = {k: sum(p[k] for p in parents) / 3 for k in parents[0]}
+    inputs = torch.randn(200, 20)
+    files = []
+    for name, state in (("merged", merged), *((f"p{i}", p) for i, p in enumerate(parents))):
+        files.append(tmp_path / f"{name}.safetensors")
+        save_file(state, files[-1])
+    save_file({"images": inputs}, tmp_path / "data.safetensors")
+    out = tmp_path / "repaired.safetensors"
+    arguments = ["repair", *files, "--data", tmp_path / "data.safetensors", "--out", out]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    assert "2 layers, 28 hidden units" in result.stderr
+    found = spread_of_hidden(load_file(out), inputs)
+    wanted = [spread_of_hidden(parent, inputs) for parent in parents]
+    for layer, (mean, deviation) in enumerate(found):
+        target = [torch.stack([w[layer][part] for w in wanted]).mean(0) for part in (0, 1)]
+        torch.testing.assert_close(mean, target[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(deviation, target[1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(load_file(out)["4.weight"], merged["4.weight"])
+    again = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert (again.exit_code, "exists: name a place" in again.stderr) == (1, True)
+
+
+def test_repair_of_a_network_by_itself_changes_nothing():
+    net = planted.conv_net(0)
+    images = torch.randn(20, 3, 8, 8, dtype=torch.float64)
+    found = repairs.repair(net, [net, net], lambda m: m(images), ["0", "3", "8"])
+    for correction in found.values():
+        torch.testing.assert_close(correction.scale, torch.ones_like(correction.scale))
+        assert correction.shift.abs().max() < 1e-12
+
+
+def test_units_that_do_not_vary_are_not_blown_up():
+    state = {k: v.float() for k, v in planted.mlp(0).items()}
+    dead = {k: v.clone() for k, v in state.items()}
+    dead["0.weight"][3] = 0
+    nets = [Stack(("0", "2", "4"), s) for s in (dead, state)]
+    found = repairs.repair(nets[0], [nets[1]], lambda m: m(torch.randn(50, 20)), ["0", "2"])
+    assert found["0"].scale[3] == 1
+    assert all(torch.isfinite(c.scale).all() for c in found.values())
+
+
+def test_batch_norms_are_taken_anew():
+    net = planted.conv_net(0)
+    images = torch.randn(64, 3, 8, 8, dtype=torch.float64)
+    repairs.reestimate(net, lambda m: m(images))
+    with torch.no_grad():
+        first = net[0](images)
+    torch.testing.assert_close(net[1].running_mean, first.mean((0, 2, 3)))
+    torch.testing.assert_close(net[1].running_var, first.var((0, 2, 3)))
+    assert not any(module.training for module in net if isinstance(module, torch.nn.BatchNorm2d))
+    assert net[1].momentum == 0.1
+
+
+def test_repair_of_a_language_model(three_models, merge, tmp_path):
+    config = {"merge_method": "linear", "models": []}
+    config["models"] = [{"model": m, "parameters": {"weight": 1}} for m in three_models]
+    merged = merge(config).out
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i % 60}" for i in range(700)))
+    out = tmp_path / "repaired"
+    arguments = ["repair", merged, *three_models, "--data", text, "--out", out]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    before, after = weights_of(merged), weights_of(out)
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"gate_proj", "up_proj"}
+    AutoModelForCausalLM.from_pretrained(out)
+    text.write_text("w1")
+    shutil.rmtree(out)
+    short = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert (short.exit_code, "at least 64" in short.stderr) == (1, True)
+
+
+def test_repair_of_what_lies_between_unknown_layers_is_refused(tmp_path):
+    state = planted.conv_net(0).state_dict()
+    save_file(state, tmp_path / "net.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "data.safetensors")
+    arguments = [
+        "repair",
+        *[tmp_path / "net.safetensors"] * 2,
+        "--data",
+        tmp_path / "data.safetensors",
+        "--out",
+        tmp_path / "out.safetensors",
+    ]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert (result.exit_code, "no stack of linear layers alone" in result.stderr) == (1, True)
 
 
 # ---------------------------------------------------------------- mistakes

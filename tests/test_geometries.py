@@ -445,3 +445,25 @@ def test_both_names_have_every_parameter():
     for name in ("karcher", "karcher_mean"):
         known = [parameter.name for parameter in get(name).spec.parameters]
         assert known == ["weight", "granularity", "origin", "magnitude", "max_iter", "tol"]
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_padding_fills_up_with_zeros_at_the_end_of_each_axis(granularity):
+    """Paper, 6.2: what is merged are the tensors as numpy.pad would make them."""
+    shapes = [(4, 7), (6, 5), (6, 7)]
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    plain = [
+        torch.as_tensor(np.pad(t.detach().numpy(), [(0, 6 - t.shape[0]), (0, 7 - t.shape[1])]))
+        for t in tensors
+    ]
+    found, result = karcher_mean(tensors, [1, 2, 3], granularity=granularity, pad=True)
+    expected, same = karcher_mean(plain, [1, 2, 3], granularity=granularity)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    np.testing.assert_array_equal(result.coefficients, same.coefficients)
+    found.sum().backward()
+    assert [t.grad.shape for t in tensors] == [torch.Size(shape) for shape in shapes]
+    base = torch.zeros(1, 1, dtype=torch.float64)
+    around, _ = karcher_mean(tensors, [1, 2, 3], base=base, granularity=granularity, pad=True)
+    torch.testing.assert_close(around, found)
+    with pytest.raises(KarcherError, match="The tensors have 1 and 2 axes"):
+        karcher_mean([torch.ones(3), torch.ones(3, 3)], pad=True)

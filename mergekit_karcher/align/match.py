@@ -204,7 +204,7 @@ def _nearest(
     best: Orders = {}
     most = -np.inf
     for start in range(starts if len(component) > 1 else 1):
-        orders = _random_orders(component, model, seed + start) if start else {}
+        orders = random_orders(component, model, seed + start) if start else {}
         _descend(component, reference, model, orders, seed + start)
         reached = sum(
             _inner(reference(name), arranged(model(name), name, orders)) for name in names
@@ -328,12 +328,20 @@ def _is_identity(order: torch.Tensor) -> bool:
     return bool((order == torch.arange(len(order))).all())
 
 
-def _random_orders(component: Sequence[Symmetry], model: Get, seed: int) -> Orders:
+def random_orders(component: Sequence[Symmetry], model: Get, seed: int) -> Orders:
+    """Units in random orders, and what is inside of each, too."""
     generator = np.random.default_rng(seed)
     orders: Orders = {}
     for symmetry in component:
-        order = generator.permutation(symmetry.size)
         inner = [np.tile(np.arange(move.block), (symmetry.size, 1)) for move in symmetry.moves]
+        for place in range(symmetry.size if symmetry.inside else 0):
+            for inside in symmetry.inside:
+                own = generator.permutation(inside.size)
+                for move in inside.moves:
+                    rows = slice(move.offset, move.offset + inside.size * move.block)
+                    part = inner[move.move][place]
+                    part[rows] = part[rows].reshape(inside.size, -1)[own].ravel()
+        order = generator.permutation(symmetry.size)
         _follow(orders, _as_orders(symmetry, order, inner, model))
     return orders
 

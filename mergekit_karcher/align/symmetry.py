@@ -103,7 +103,8 @@ def from_yaml(document: Any, shapes: Shapes) -> Specification:
 
     symmetries: a list of {name, size, moves, inside, padding, feeds, layers}; moves of {tensor,
     axis, offset, block}, those of inside of {move, offset, block}. With layers: N a symmetry
-    stands for N, with {layer} in its names from 0 on. fixed: a list of {tensor, axis}, tensors as patterns.
+    stands for N, with {layer} in its names from 0 on. fixed: a list of {tensor, axis}, tensors as
+    patterns.
     """
     try:
         symmetries = tuple(_expanded(document["symmetries"]))
