@@ -2,13 +2,13 @@
 
 The inner products of all pairs of units are the benefits. That is the same as to minimise the sum
 of squared distances, and where one model is nearly the other in another order, these save most of
-the work: over some columns alone, and the rest's lengths, they can only be too small, and if every
-unit is nearer to its candidate than to any other even so, the candidates are the answer.
+the work: over some columns alone they can only be too small, and if every unit is nearer to its
+candidate, over all columns, than to any other even so, the candidates are the answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -69,71 +69,61 @@ def benefits(
 
 def along(reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]) -> torch.Tensor:
     """<reference_a, model_a> for every unit, in float64."""
-    return _summed(reference, model, lambda left, right: left * right)
+    total = torch.zeros(reference[0].shape[0], dtype=torch.float64)
+    step = max(1, _CHUNK_ELEMENTS // (2 * max(1, len(total))))
+    for left, right in zip(reference, model, strict=True):
+        for start in range(0, left.shape[1], step):
+            columns = slice(start, start + step)
+            total += (left[:, columns].double() * right[:, columns].double()).sum(1)
+    return total
 
 
 def squared_distances(
-    reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]
+    reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor], order: torch.Tensor
 ) -> torch.Tensor:
-    """|reference_a - model_a|^2 for every unit, in float64."""
-    return _summed(reference, model, lambda left, right: (left - right).square_())
+    """|reference_a - model_order(a)|^2 for every unit, with a rounding error of float32 added.
 
-
-def least_distances(left: torch.Tensor, right: torch.Tensor, used: int) -> torch.Tensor:
-    """For every two rows a number that their squared distance is not below, in float32.
-
-    used: how many columns are looked at; of the others only the lengths are.
+    In float32 but for float64 inputs: differences of 16-bit values are exact in it.
     """
-    heads = [side[:, :used].float() for side in (left, right)]
-    squares = [head.square().sum(1) for head in heads]
-    rest = [
-        _summed([side[:, used:]], [side[:, used:]], torch.mul).sqrt().float()
-        for side in (left, right)
-    ]
-    table = torch.addmm(squares[1], heads[0], heads[1].T, alpha=-2)
-    table += squares[0][:, None]
-    table += (rest[0][:, None] - rest[1]).square_()
-    # Less by more than float32 rounds.
-    sizes = [(square + own.square()) for square, own in zip(squares, rest, strict=True)]
-    return table.sub_((sizes[0][:, None] + sizes[1]).mul_(_MARGIN))
+    widest = torch.float64 if reference[0].dtype == torch.float64 else torch.float32
+    total = torch.zeros(len(order), dtype=torch.float64)
+    step = max(1, _CHUNK_ELEMENTS // reference[0].shape[1])
+    for left, right in zip(reference, model, strict=True):
+        for start in range(0, len(order), step):
+            rows = slice(start, start + step)
+            gap = left[rows].to(widest) - right[order[rows]].to(widest)
+            total[rows] += torch.linalg.vector_norm(gap, dim=1).double().square()
+    return total.mul_(1 + _MARGIN)
+
+
+def some_columns(side: Sequence[torch.Tensor], share: float) -> torch.Tensor:
+    """The first columns of each matrix, in float32, as one."""
+    sizes = [max(1, round(tensor.shape[1] * share)) for tensor in side]
+    return torch.cat([t[:, :size].float() for t, size in zip(side, sizes, strict=True)], 1)
+
+
+def least_distances(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Squared distances of all rows of two float32 matrices, less by more than is rounded."""
+    squares = [side.square().sum(1) * (1 - _MARGIN) for side in (left, right)]
+    table = torch.addmm(squares[1], left, right.T, alpha=-2)
+    return table.add_(squares[0][:, None])
 
 
 def _by_bound(
     reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor], share: float
 ) -> Indices | None:
-    sizes = [max(1, round(left.shape[1] * share)) for left in reference]
-    if sum(sizes) * 2 > sum(left.shape[1] for left in reference):
+    heads = [some_columns(side, share) for side in (reference, model)]
+    if heads[0].shape[1] * 2 > sum(left.shape[1] for left in reference):
         return None
     count = len(reference[0])
     candidates = torch.empty(count, dtype=torch.long)
     nearest = torch.empty(count, dtype=torch.float64)
     for start in range(0, count, _BOUND_ROWS):
         rows = slice(start, start + _BOUND_ROWS)
-        table = sum(
-            least_distances(left[rows], right, size)
-            for left, right, size in zip(reference, model, sizes, strict=True)
-        )
-        assert isinstance(table, torch.Tensor)
-        own = table.argmin(1)
-        candidates[rows] = own
-        table.scatter_(1, own[:, None], torch.inf)
-        nearest[rows] = table.amin(1).double()
+        least = least_distances(heads[0][rows], heads[1]).topk(2, 1, largest=False)
+        candidates[rows], nearest[rows] = least.indices[:, 0], least.values[:, 1].double()
     if len(torch.unique(candidates)) < count:
         return None
-    distances = squared_distances(reference, [tensor[candidates] for tensor in model])
+    distances = squared_distances(reference, model, candidates)
     decided = bool((distances < nearest).all())
     return candidates.numpy().astype(np.intp) if decided else None
-
-
-def _summed(
-    reference: Sequence[torch.Tensor],
-    model: Sequence[torch.Tensor],
-    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    total = torch.zeros(reference[0].shape[0], dtype=torch.float64)
-    step = max(1, _CHUNK_ELEMENTS // (2 * max(1, len(total))))
-    for left, right in zip(reference, model, strict=True):
-        for start in range(0, left.shape[1], step):
-            columns = slice(start, start + step)
-            total += combine(left[:, columns].double(), right[:, columns].double()).sum(1)
-    return total

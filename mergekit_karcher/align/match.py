@@ -20,6 +20,7 @@ from mergekit_karcher.align.assign import (
     benefits,
     best_order,
     least_distances,
+    some_columns,
     squared_distances,
 )
 from mergekit_karcher.align.symmetry import Inside, Move, Specification, Symmetry, components_of
@@ -40,8 +41,8 @@ Orders = dict[tuple[str, int], torch.Tensor]
 
 # A symmetry of more tensors than this (the residual stream) is matched one tensor at a time.
 _MOST_TENSORS = 16
-# A bound looks at one column in so many.
-_BOUND_COLUMNS = 8
+# The columns that a bound looks at.
+_BOUND_SHARE = 1 / 8
 _MOST_SWEEPS = 100
 _MOST_ROUNDS = 50
 # What counts as an improvement, relative to the whole: less is rounding.
@@ -206,6 +207,8 @@ def _nearest(
     for start in range(starts if len(component) > 1 else 1):
         orders = random_orders(component, model, seed + start) if start else {}
         _descend(component, reference, model, orders, seed + start)
+        if len(component) == 1:
+            return orders
         reached = sum(
             _inner(reference(name), arranged(model(name), name, orders)) for name in names
         )
@@ -417,12 +420,12 @@ def stays(
     own = torch.zeros(size, dtype=torch.float64)
     for rows, indices in _alike(symmetry):
         left, right = (
-            torch.cat([side[index].reshape(size * rows, -1) for index in indices], 1)
+            [side[index].reshape(size * rows, -1) for index in indices]
             for side in (reference, model)
         )
-        table = least_distances(left, right, max(1, left.shape[1] // _BOUND_COLUMNS))
+        table = least_distances(*(some_columns(side, _BOUND_SHARE) for side in (left, right)))
         table = table.view(size, rows, size, rows)
-        exact = squared_distances([left], [right]).view(size, rows)
+        exact = squared_distances(left, right, torch.arange(size * rows)).view(size, rows)
         inside = table[torch.arange(size), :, torch.arange(size)].clone()
         inside.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         if rows > 1 and not bool((exact < inside.amin(2)).all()):
