@@ -41,6 +41,8 @@ Orders = dict[tuple[str, int], torch.Tensor]
 
 # A symmetry of more tensors than this (the residual stream) is matched one tensor at a time.
 _MOST_TENSORS = 16
+# Elements of units that are put into another order at once.
+_CHUNK_ELEMENTS = 1 << 22
 # The columns that a bound looks at.
 _BOUND_SHARE = 1 / 8
 _MOST_SWEEPS = 100
@@ -278,8 +280,11 @@ def _gain(
     chosen = torch.from_numpy(order)
     new = 0.0
     for (a, b), part in zip(pairs, inner, strict=True):
-        index = torch.from_numpy(part)[:, :, None].expand(-1, -1, b.shape[2])
-        new += _inner(a, b[chosen].gather(1, index))
+        step = max(1, _CHUNK_ELEMENTS // b[0].numel())
+        for start in range(0, symmetry.size, step):
+            rows = slice(start, start + step)
+            index = torch.from_numpy(part[rows])[:, :, None].expand(-1, -1, b.shape[2])
+            new += _inner(a[rows], b[chosen[rows]].gather(1, index))
     scale = max(abs(stay), abs(new))
     return new > stay + scale * _IMPROVEMENT
 
@@ -361,11 +366,11 @@ def _nested(
     size = symmetry.size
     table = np.empty((size, size))
     inner = [np.empty((size, size, move.block), np.intp) for move in symmetry.moves]
-    # Every pair is compared; the blocks are small, and float64 is exact enough to rank them.
-    wide = [(a.double(), b.double()) for a, b in pairs]
     for place in range(size):
+        own = [a[place].double() for a, _ in pairs]
         for unit in range(size):
-            found = _inside(symmetry.inside, [(a[place], b[unit]) for a, b in wide])
+            other = [b[unit].double() for _, b in pairs]
+            found = _inside(symmetry.inside, list(zip(own, other, strict=True)))
             table[place, unit], orders = found
             for target, order in zip(inner, orders, strict=True):
                 target[place, unit] = order
