@@ -199,7 +199,7 @@ def chart(rows: Sequence[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     counts = sorted({r["case"]["N"] for r in rows})
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 4), layout="constrained")
 
     def line(axes: Any, name: str, key: str, style: str, label: str) -> None:
         means = [fmean(_values(rows, name, count, key)) for count in counts]
@@ -216,16 +216,16 @@ def chart(rows: Sequence[Row], path: Path) -> None:
     for name, values in _PAPER.items():
         left.plot(COUNTS, values, "x-", linewidth=0.8, label=f"{name}, the paper")
     left.set_ylabel("accuracy, %")
-    for name, marker in (("Euclidean", "s"), ("Karcher, model", "o")):
-        for alignment, style in (("unaligned", ":"), ("reference", "--"), ("joint", "-")):
-            label = f"{name}, {alignment}"
-            line(right, f"{name}, {alignment}", "relative_length", f"{marker}{style}", label)
+    line(right, "Karcher, model, joint", "relative_length", "o-", "Karcher, model, any")
+    for alignment, style in (("joint", "-"), ("reference", "--"), ("unaligned", ":")):
+        label = f"Euclidean, {alignment}"
+        line(right, label, "relative_length", f"s{style}", label)
     right.set_ylabel("length of the mean / of its inputs")
     right.set_ylim(0, 1.05)
     for axes in (left, right):
         axes.set_xlabel("models merged")
         axes.set_xticks(counts)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", bbox_to_anchor=(1.01, 1), loc="upper left")
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
