@@ -12,6 +12,7 @@ _PUBLIC = {
     "KarcherError": "mergekit_karcher.errors",
     "KarcherMean": "mergekit_karcher.maths.mean",
     "Status": "mergekit_karcher.maths.mean",
+    "fisher_mean": "mergekit_karcher.metric.mean",
     "karcher_mean": "mergekit_karcher.merge",
     "register": "mergekit_karcher.plugin",
 }

@@ -15,6 +15,8 @@ import click
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.merge import check_weights
 from mergekit_karcher.method import NAMES, check_uniform, no_base
+from mergekit_karcher.metric.method import NAME as FISHER
+from mergekit_karcher.metric.plan import with_metrics
 from mergekit_karcher.report.files import make_folder
 from mergekit_karcher.report.planned import planned_of
 from mergekit_karcher.report.task import with_report
@@ -67,7 +69,7 @@ def check_parameter_names(config: Any, method: Any) -> None:
 
     mergekit ignores those, so that a misspelt weight would be a weight of one.
     """
-    if config.merge_method not in NAMES:
+    if config.merge_method not in (*NAMES, FISHER):
         return
     known = [parameter.name for parameter in method.spec.parameters]
     of_a_model = [parameter.name for parameter in method.spec.input_parameters]
@@ -99,6 +101,8 @@ def _parameter_names(part: Any, place: str) -> Iterator[tuple[str, bool, str]]:
 
 def _looked_at(tasks: Any, config: Any, out_path: str) -> Any:
     """The plan, checked, its summary begun, and rebuilt where a mean needs all tensors."""
+    if config.merge_method == FISHER:
+        return with_metrics(tasks, [*_merge_tasks(tasks, (FISHER,))])
     if config.merge_method not in NAMES:
         if os.environ.get(_REPORT):
             _LOG.warning(
@@ -196,8 +200,8 @@ def _weights_read(task: Any) -> Iterable[tuple[Any, Any]]:
     return gather.weight_info.items() if hasattr(gather, "weight_info") else ()
 
 
-def _merge_tasks(tasks: Iterable[Any]) -> Iterator[Any]:
+def _merge_tasks(tasks: Iterable[Any], names: Sequence[str] = NAMES) -> Iterator[Any]:
     for task in tasks:
         merge_task = getattr(task, "tensor_task", None)
-        if getattr(merge_task, "method_name", None) in NAMES:
+        if getattr(merge_task, "method_name", None) in names:
             yield merge_task

@@ -23,6 +23,9 @@ LOG = logging.getLogger(__name__)
 OLDEST_MERGEKIT = (0, 1, 5)
 FIRST_UNTESTED_MERGEKIT = (0, 2)
 
+# Beside karcher, unless mergekit has a method of that name.
+_FURTHER = ("karcher_mean", "fisher")
+
 _methods: dict[str, Any] = {}
 
 
@@ -50,15 +53,16 @@ def take_over_karcher(module: Any) -> None:
 
 
 def register_methods(registry: Any) -> None:
-    """Make sure that `karcher` is ours in a registry that has run, and add `karcher_mean`."""
+    """Make sure that `karcher` is ours in a registry that has run, and add our further methods."""
     table = getattr(registry, "_METHODS", None) or getattr(registry, "REGISTERED_MERGE_METHODS", {})
     table["karcher"] = _method("karcher")
-    if table.get("karcher_mean") is None:
-        add = getattr(registry, "register", None)
-        if add is not None and not isinstance(_method("karcher_mean"), _Refusal):
-            add(_method("karcher_mean"))
-        else:
-            table["karcher_mean"] = _method("karcher_mean")
+    add = getattr(registry, "register", None)
+    for name in _FURTHER:
+        if table.get(name) is None:
+            if add is not None and not isinstance(_method(name), _Refusal):
+                add(_method(name))
+            else:
+                table[name] = _method(name)
     if hasattr(registry, "karcher_merge_method"):
         registry.karcher_merge_method = _method("karcher")
     builtin = sys.modules.get("mergekit.merge_methods.karcher")
@@ -116,6 +120,10 @@ def _build(name: str) -> Any:
     reason = "it was written for mergekit >= 0.1.5, < 0.2"
     if OLDEST_MERGEKIT <= numbers < FIRST_UNTESTED_MERGEKIT:
         try:
+            if name == "fisher":
+                from mergekit_karcher.metric.method import build_fisher
+
+                return build_fisher()
             from mergekit_karcher.method import build_method
 
             return build_method(name)

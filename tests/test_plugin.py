@@ -313,8 +313,9 @@ ROOMS = {
     "method": {"__init__", "errors", "maths", "merge", "observe", "summary"},
     "whole_model": {"maths"},
     "report": {"__init__", "errors", "maths", "observe", "report", "summary", "whole_model"},
-    "plan": {"errors", "merge", "method", "report", "summary", "whole_model"},
-    "plugin": {"__init__", "autoload", "errors", "method", "plan"},
+    "plan": {"errors", "merge", "method", "metric", "report", "summary", "whole_model"},
+    "plugin": {"__init__", "autoload", "errors", "method", "metric", "plan"},
+    "metric": {"__init__", "errors", "kernels", "metric", "whole_model"},
     "align": {"align", "errors", "maths", "merge"},
     # What a person types, above all of the rest.
     "cli": {

@@ -1,0 +1,115 @@
+"""`merge_method: fisher`, as mergekit sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from mergekit_karcher import __version__
+from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.metric.mean import FLOOR, fisher_mean
+
+NAME = "fisher"
+IDENTITY = "identity"
+# The extra parameter that the plan adds: the metrics themselves, by model.
+METRICS = "metrics"
+
+REFERENCE_URL = "https://arxiv.org/abs/2111.09832"
+
+
+def build_fisher() -> Any:
+    """A method for mergekit's registry, made when mergekit is whole."""
+    import torch
+    from mergekit.merge_methods.base import (
+        GroupMergeMethod,
+        MergeMethodSpec,
+        ParameterScope,
+        ParameterSpec,
+        PerInputValues,
+        TensorGroup,
+    )
+    from pydantic import ValidationError, WrapValidator
+
+    def parsed(parameter: str, kind: str) -> WrapValidator:
+        def validate(value: Any, parse: Any) -> Any:
+            try:
+                return parse(value)
+            except ValidationError:
+                raise KarcherError(f"{parameter} is {value!r}: give {kind}.") from None
+
+        return WrapValidator(validate)
+
+    class FisherMerge(GroupMergeMethod):  # type: ignore[misc]
+        """The precision-weighted mean; see `mergekit_karcher.fisher_mean`.
+
+        origin: base takes the mean of the differences from the base model and adds it back; that is
+        the mean of the others, so the base just takes no part.
+        """
+
+        spec = MergeMethodSpec(
+            name=NAME,
+            pretty_name=f"Fisher-weighted mean (mergekit-karcher {__version__})",
+            reference_url=REFERENCE_URL,
+            parameters=(
+                ParameterSpec(
+                    "weight",
+                    Annotated[float, parsed("weight", "a number of 0 or more")],
+                    ParameterScope.INPUT,
+                    1.0,
+                ),
+                ParameterSpec(
+                    "metric",
+                    Annotated[str, parsed("metric", "a folder, a file, a Hub id, or identity")],
+                    ParameterScope.INPUT,
+                    "",
+                ),
+                ParameterSpec(
+                    "origin",
+                    Annotated[Literal["zero", "base"], parsed("origin", "zero or base")],
+                    ParameterScope.SHARED,
+                    "zero",
+                ),
+                ParameterSpec(
+                    "floor",
+                    Annotated[float, parsed("floor", "a fraction of 0 or more, such as 1e-6")],
+                    ParameterScope.SHARED,
+                    FLOOR,
+                ),
+            ),
+        )
+
+        def merge_group(
+            self,
+            group: TensorGroup,
+            /,
+            *,
+            weight: PerInputValues,
+            metric: PerInputValues,
+            origin: str,
+            floor: float,
+            metrics: Mapping[Any, Any] | None = None,
+        ) -> torch.Tensor:
+            """One output tensor, with the metrics that the plan had loaded."""
+            name = group.metadata.name or "the tensor"
+            if metrics is None:
+                raise KarcherError(
+                    "merge_method: fisher reads its metrics in mergekit's commands; in Python call "
+                    "mergekit_karcher.fisher_mean with tensors and metrics."
+                )
+            # Weights that sum to one leave of the base what is subtracted of it.
+            entries = group.non_base if origin == "base" else group.entries
+            return fisher_mean(
+                [entry.tensor for entry in entries],
+                [
+                    found.to(entry.tensor.device)
+                    if (found := metrics.get(entry.id)) is not None
+                    else None
+                    for entry in entries
+                ],
+                weight.values_for(entries),
+                floor=floor,
+                labels=[str(entry.id) for entry in entries],
+                name=name,
+            )
+
+    return FisherMerge()

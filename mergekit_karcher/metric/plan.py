@@ -1,0 +1,146 @@
+"""Metrics in mergekit's graph: one more load beside that of each input."""
+
+# mergekit's tasks are pydantic models, which read annotations: they must be real ones here.
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.metric.method import IDENTITY, METRICS
+from mergekit_karcher.whole_model import loads_of
+
+_loaders: dict[str, Any] = {}
+
+
+@cache
+def _task_types() -> SimpleNamespace:
+    """Our kinds of task, made when mergekit is whole."""
+    from mergekit.common import ImmutableMap
+    from mergekit.graph import Task
+
+    class LoadMetric(Task[Any]):  # type: ignore[misc]
+        """One tensor of a metric, by the name that the model's own checkpoint has for it."""
+
+        metric: str
+        tensor: str
+        label: str | None
+
+        def arguments(self) -> dict[str, Any]:
+            return {}
+
+        def priority(self) -> int:
+            return -1000
+
+        def group_label(self) -> str | None:
+            return self.label
+
+        def execute(self, **_: Any) -> Any:
+            return _loaders[self.metric].get_tensor(self.tensor)
+
+    class MergeWithMetrics(Task[Any]):  # type: ignore[misc]
+        """One output tensor of a merge task, with the metrics of its inputs."""
+
+        merge_task: Task
+        loads: tuple[tuple[str, LoadMetric], ...]  # by model
+
+        def arguments(self) -> dict[str, Any]:
+            loads = {f"metric {model}": load for model, load in self.loads}
+            return {"tensors": self.merge_task.gather_tensors, **loads}
+
+        def group_label(self) -> Any:
+            return self.merge_task.group_label()
+
+        def uses_accelerator(self) -> bool:
+            return True
+
+        def execute(self, tensors: dict[Any, Any], **loaded: Any) -> Any:
+            by_name = {str(model): model for model in self.merge_task.model_order}
+            metrics = {
+                by_name[key.removeprefix("metric ")]: tensor for key, tensor in loaded.items()
+            }
+            known = {**dict(self.merge_task.parameters.items()), METRICS: metrics}
+            changed = {"parameters": ImmutableMap(data=known)}
+            return self.merge_task.model_copy(update=changed).execute(tensors=tensors)
+
+    return SimpleNamespace(LoadMetric=LoadMetric, MergeWithMetrics=MergeWithMetrics)
+
+
+def with_metrics(tasks: Sequence[Any], merges: Sequence[Any]) -> list[Any]:
+    """A plan whose merge tasks of `fisher` load their metrics; they are opened here."""
+    types = _task_types()
+    planned = {id(task): task for task in merges}
+    changed: dict[int, Any] = {}
+    for task in tasks:
+        merge = planned.get(id(getattr(task, "tensor_task", None)))
+        if merge is not None:
+            new = types.MergeWithMetrics(merge_task=merge, loads=tuple(_loads(merge)))
+            changed[id(task)] = task.model_copy(update={"tensor_task": new})
+    result = []
+    for task in tasks:
+        if hasattr(task, "tensor_save_tasks"):
+            saves = tuple(changed.get(id(save), save) for save in task.tensor_save_tasks)
+            result.append(task.model_copy(update={"tensor_save_tasks": saves}))
+        else:
+            result.append(changed.get(id(task), task))
+    return result
+
+
+def _loads(merge: Any) -> list[tuple[str, Any]]:
+    name = merge.output_weight.name
+    permuted = hasattr(merge.gather_tensors, "gather_tensors")
+    found = []
+    for model, load in loads_of(merge):
+        own = merge.input_parameters[model]
+        metric = own["metric"]
+        apart = merge.parameters["origin"] == "base" and model == merge.base_model
+        if metric == IDENTITY or own["weight"] == 0 or apart:
+            continue
+        if not metric:
+            raise KarcherError(
+                f"merge_method: fisher needs a metric for {model}: give the folder or file of one "
+                "under its parameters, or metric: identity."
+            )
+        if permuted:
+            raise KarcherError(
+                f"The tokenizer setting changes the vocabulary of {name}, which a metric cannot "
+                f"follow: give every model metric: identity for it by a filter, or leave that "
+                "setting out."
+            )
+        index = _opened(metric, str(model)).index
+        names = [
+            getattr(load, "tensor", None) or load.tensor_name,
+            *(getattr(load, "aliases", None) or ()),
+            *(getattr(load, "tied_names", None) or ()),
+        ]
+        there = next((own_name for own_name in names if own_name in index.tensor_paths), None)
+        if there is None:
+            raise KarcherError(
+                f"The metric {metric} of {model} has no {names[0]}: make it anew from that model, "
+                "or give metric: identity for it by a filter."
+            )
+        load_metric = _task_types().LoadMetric(
+            metric=metric, tensor=there, label=merge.group_label()
+        )
+        found.append((str(model), load_metric))
+    return found
+
+
+def _opened(metric: str, model: str) -> Any:
+    from mergekit.common import ModelReference
+    from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+
+    if metric not in _loaders:
+        try:
+            if Path(metric).is_file():
+                index = ShardedTensorIndex.from_file(metric)
+                _loaders[metric] = LazyTensorLoader(index)
+            else:
+                _loaders[metric] = ModelReference.parse(metric).lazy_loader()
+        except Exception as error:
+            raise KarcherError(
+                f"The metric {metric} of {model} cannot be opened ({str(error).splitlines()[0]}): "
+                "give a folder or file of safetensors, or a Hub id."
+            ) from None
+    return _loaders[metric]
