@@ -8,7 +8,7 @@ candidate, over all columns, than to any other even so, the candidates are the a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ Indices = NDArray[np.intp]
 
 # Columns that are widened to float64 at once, of both sides together with all their rows.
 _CHUNK_ELEMENTS = 1 << 22
+# Elements of differences that are made at once.
+_SMALL_CHUNK = 1 << 19
 # Rows of benefits that the bound is tested on at once.
 _BOUND_ROWS = 1024
 # Shares of the columns that the bound is tried with.
@@ -56,26 +58,41 @@ def benefits(
     reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]
 ) -> NDArray[np.float64]:
     """Inner products of every unit of the reference with every unit of the model, in float64."""
-    count = reference[0].shape[0]
+    count = len(reference[0])
     table = torch.zeros(count, count, dtype=torch.float64)
-    step = max(1, _CHUNK_ELEMENTS // (2 * count))
-    for left, right in zip(reference, model, strict=True):
-        for start in range(0, left.shape[1], step):
-            columns = slice(start, start + step)
-            table.addmm_(left[:, columns].double(), right[:, columns].double().T)
+    for left, right in _widened(reference, model):
+        table.addmm_(left, right.T)
     result: NDArray[np.float64] = table.numpy()
     return result
 
 
 def along(reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]) -> torch.Tensor:
     """<reference_a, model_a> for every unit, in float64."""
-    total = torch.zeros(reference[0].shape[0], dtype=torch.float64)
-    step = max(1, _CHUNK_ELEMENTS // (2 * max(1, len(total))))
-    for left, right in zip(reference, model, strict=True):
-        for start in range(0, left.shape[1], step):
-            columns = slice(start, start + step)
-            total += (left[:, columns].double() * right[:, columns].double()).sum(1)
+    total = torch.zeros(len(reference[0]), dtype=torch.float64)
+    for left, right in _widened(reference, model):
+        total += left.mul_(right).sum(1)
     return total
+
+
+def _widened(
+    reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Columns of both sides in float64, a part at a time, always in the same two buffers.
+
+    New ones each time would be of a size that the allocator keeps: some hundred MB after a while.
+    """
+    count = max(1, len(reference[0]))
+    most = max(tensor.shape[1] for tensor in reference)
+    step = max(1, min(most, _CHUNK_ELEMENTS // (2 * count)))
+    buffers = torch.empty(2, count * step, dtype=torch.float64)
+    for pair in zip(reference, model, strict=True):
+        for start in range(0, pair[0].shape[1], step):
+            parts = [tensor[:, start : start + step] for tensor in pair]
+            left, right = (
+                buffer[: part.numel()].view(part.shape).copy_(part)
+                for buffer, part in zip(buffers, parts, strict=True)
+            )
+            yield left, right
 
 
 def squared_distances(
@@ -87,7 +104,7 @@ def squared_distances(
     """
     widest = torch.float64 if reference[0].dtype == torch.float64 else torch.float32
     total = torch.zeros(len(order), dtype=torch.float64)
-    step = max(1, _CHUNK_ELEMENTS // reference[0].shape[1])
+    step = max(1, _SMALL_CHUNK // reference[0].shape[1])
     for left, right in zip(reference, model, strict=True):
         for start in range(0, len(order), step):
             rows = slice(start, start + step)

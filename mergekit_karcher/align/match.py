@@ -42,7 +42,7 @@ Orders = dict[tuple[str, int], torch.Tensor]
 # A symmetry of more tensors than this (the residual stream) is matched one tensor at a time.
 _MOST_TENSORS = 16
 # Elements of units that are put into another order at once.
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 20
 # The columns that a bound looks at.
 _BOUND_SHARE = 1 / 8
 _MOST_SWEEPS = 100
