@@ -10,6 +10,10 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -45,6 +49,8 @@ HF = {
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_GROUPED)),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_GROUPED)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_GROUPED)),
+    "gemma3_text": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_GROUPED)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=60, n_positions=20, n_embd=24, n_layer=2, n_head=4)
     ),

@@ -295,6 +295,11 @@ BAD = {
     "block": (replace(GOOD, moves=(*GOOD.moves[:2], Move("v", 1, 1, 2))), "sizes do not agree"),
     "twice": (replace(GOOD, moves=(*GOOD.moves, Move("b", 0))), "both move the same part"),
     "unknown": (replace(GOOD, moves=GOOD.moves[:2]), "Nothing is known of axis 1 of v"),
+    "in part": (
+        replace(GOOD, moves=(*GOOD.moves[:2], Move("v", 1))),
+        "Nothing is known of 4 of 8 places on axis 1 of v",
+    ),
+    "no units": (replace(GOOD, size=0), "has 0 units"),
     "inner move": (
         replace(GOOD, inside=(Inside("i", 2, (InnerMove(3),)),)),
         "refers to move 3",
@@ -384,13 +389,18 @@ def test_an_alignment_can_be_applied_again(two_models, tmp_path):
     result = run(first, second, "--out", again, "--alignment", out / "alignment.json")
     assert result.exit_code == 0, result.output
     assert_equal_states(weights_of(again / "second"), weights_of(out / "second"))
-    stored["orders"][0][0] = stored["orders"][0][1]
-    (out / "alignment.json").write_text(json.dumps(stored))
-    result = run(first, second, "--out", again, "--alignment", out / "alignment.json")
-    assert (result.exit_code, "does not fit second" in result.stderr) == (1, True)
-    (out / "alignment.json").write_text("{}")
-    result = run(first, second, "--out", again, "--alignment", out / "alignment.json")
-    assert "is not an alignment of the kind" in result.stderr
+    mistakes = {
+        "does not fit second": stored
+        | {"orders": [own[1:2] + own[1:] for own in stored["orders"]]},
+        "with other symmetries than these": stored | {"specification": "0"},
+        "knows no model second": stored | {"models": {"first": {}}},
+        "is not an alignment of the kind": {},
+    }
+    for words, document in mistakes.items():
+        (tmp_path / "wrong.json").write_text(json.dumps(document))
+        result = run(first, second, "--out", tmp_path / "x", "--alignment", tmp_path / "wrong.json")
+        assert (result.exit_code, words in result.stderr) == (1, True), result.stderr
+        assert not (tmp_path / "x").exists()
 
 
 def test_a_dry_run_writes_nothing(two_models, tmp_path):
@@ -528,7 +538,7 @@ def test_layers_of_a_users_specification():
                 "name": "mlp {layer}",
                 "size": 2,
                 "layers": 3,
-                "padding": True,
+                "feeds": ["{layer}.in"],
                 "moves": [
                     {"tensor": "{layer}.in", "axis": 0, "block": 2},
                     {"tensor": "{layer}.out", "axis": 1, "block": 2},
@@ -542,6 +552,10 @@ def test_layers_of_a_users_specification():
     assert [s.name for s in spec.symmetries] == ["mlp 0", "mlp 1", "mlp 2"]
     assert spec.symmetries[1].moves == (Move("1.in", 0, 0, 2), Move("1.out", 1, 0, 2))
     assert spec.symmetries[2].inside[0].moves == (InnerMove(0), InnerMove(1))
+    assert spec.symmetries[2].feeds == ("2.in",)
+    document["symmetries"][0]["moves"][0]["blok"] = 2
+    with pytest.raises(KarcherError, match="has 'blok' where only tensor, axis"):
+        from_yaml(document, shapes)
 
 
 # ---------------------------------------------------------------- padding
@@ -715,6 +729,154 @@ def test_repair_of_what_lies_between_unknown_layers_is_refused(tmp_path):
     assert (result.exit_code, "no stack of linear layers alone" in result.stderr) == (1, True)
 
 
+def test_repair_of_a_bare_gpt2_finds_its_modules(tmp_path, three_models):
+    """Its checkpoint has h.0.mlp..., the model that is run transformer.h.0.mlp..."""
+    folders = []
+    for seed in range(2):
+        model = planted.hf_model("gpt2", seed).float()
+        folders.append(tmp_path / f"g{seed}")
+        model.transformer.save_pretrained(folders[-1])
+        AutoTokenizer.from_pretrained(three_models[0]).save_pretrained(folders[-1])
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i % 50}" for i in range(100)))
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        config["n_positions"] = 64
+        (folder / "config.json").write_text(json.dumps(config))
+        state = weights_of(folder)
+        state["wpe.weight"] = torch.randn(64, 24)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "repaired"
+    arguments = ["repair", folders[0], *folders, "--data", text, "--out", out]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    before, after = weights_of(folders[0]), weights_of(out)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"h.{i}.mlp.c_fc.{part}" for i in (0, 1) for part in ("weight", "bias")}
+
+
+def test_repair_writes_where_it_was_told(tmp_path):
+    state = {k: v.float() for k, v in planted.mlp(0).items()}
+    save_file(state, tmp_path / "m.safetensors")
+    before = (tmp_path / "m.safetensors").read_bytes()
+    torch.save(torch.randn(30, 20), tmp_path / "data.pt")
+    arguments = ["repair", *[tmp_path / "m.safetensors"] * 2, "--data", tmp_path / "data.pt"]
+    result = CliRunner().invoke(main, [*map(str, arguments), "--out", str(tmp_path / "m.pt")])
+    assert (result.exit_code, "must end in .safetensors" in result.stderr) == (1, True)
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+
+
+# ---------------------------------------------------------------- what must not be lost or changed
+
+
+def test_nothing_that_is_there_is_written_over(two_models, tmp_path):
+    first, second = two_models
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = run(first, second, "--out", tmp_path)
+    assert (result.exit_code, "exists: name a new folder" in result.stderr) == (1, True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    out = tmp_path / "aligned"
+    assert run(first, second, "--out", out).exit_code == 0
+    assert "exists: name a new folder" in run(second, first, "--out", out).stderr
+
+
+def test_a_tensor_that_only_one_model_has_is_named(tmp_path):
+    with_bias, without = planted.mlp(0), planted.mlp(1)
+    del without["0.bias"]
+    save_file(with_bias, tmp_path / "a.safetensors")
+    save_file(without, tmp_path / "b.safetensors")
+    for names in (("a", "b"), ("b", "a")):
+        files = [tmp_path / f"{name}.safetensors" for name in names]
+        result = run(*files, "--out", tmp_path / "x")
+        assert (result.exit_code, "only one of them has 0.bias" in result.stderr) == (1, True)
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    for name in "ab":
+        state = {k: (10 * v).to(torch.int8) for k, v in planted.mlp(ord(name)).items()}
+        save_file(state, tmp_path / f"{name}.safetensors")
+    result = run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--out", tmp_path / "x")
+    assert (result.exit_code, "must be dequantised" in result.stderr) == (1, True)
+
+
+def test_counts_are_reconciled_even_if_nothing_moves(tmp_path, merge):
+    state = {k: v.contiguous() for k, v in planted.conv_net(0).state_dict().items()}
+    for index in range(2):
+        own = {k: v + index if k.endswith("tracked") else v for k, v in state.items()}
+        save_file(own, tmp_path / f"n{index}.safetensors")
+    out = tmp_path / "aligned"
+    files = [tmp_path / f"n{index}.safetensors" for index in range(2)]
+    assert run(*files, "--out", out).exit_code == 0
+    config = yaml.safe_load((out / "config.yml").read_text())
+    assert int(merge(config, command="mergekit-pytorch").weights["1.num_batches_tracked"]) == 7
+
+
+def test_norms_over_all_units_are_not_padded_and_those_of_groups_refused():
+    def shapes(width, conv):
+        first = (width, 3, 3, 3) if conv else (width, 3)
+        second = (4, width, 3, 3) if conv else (4, width)
+        return {"0.weight": first, "1.weight": (width,), "1.bias": (width,), "2.weight": second}
+
+    (symmetry,) = stack.specification(shapes(8, conv=False)).symmetries
+    assert not symmetry.padding
+    with pytest.raises(KarcherError, match="norm without running statistics after a convolution"):
+        stack.specification(shapes(8, conv=True))
+
+
+def test_models_called_like_words_of_the_config(two_models, tmp_path, monkeypatch):
+    first, second = two_models
+    monkeypatch.chdir(tmp_path)
+    first.rename(tmp_path / "base")
+    document = {
+        "merge_method": "karcher",
+        "base_model": "base",
+        "models": [{"model": str(second)}],
+        "parameters": {"origin": "base"},
+        "tokenizer": {"source": "base"},
+    }
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(document))
+    assert run("--config", "c.yml", "--out", "aligned").exit_code == 0
+    written = yaml.safe_load((tmp_path / "aligned" / "config.yml").read_text())
+    assert written["parameters"] == {"origin": "base"}
+    assert written["tokenizer"] == {"source": "base"}
+    assert written["base_model"] == str(tmp_path / "aligned" / "base")
+
+
+def test_files_of_one_name_keep_their_endings(tmp_path):
+    state = planted.mlp(0)
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save(planted.mlp(1), tmp_path / "a.pt")
+    out = tmp_path / "aligned"
+    result = run(tmp_path / "a.safetensors", tmp_path / "a.pt", "--out", out)
+    assert result.exit_code == 0, result.output
+    stored = json.loads((out / "alignment.json").read_text())
+    assert list(stored["models"]) == ["a.safetensors", "a.pt"]
+
+
+def test_a_head_width_that_the_config_does_not_say(two_models, tmp_path):
+    first, second = two_models
+    for folder in (first, second):
+        config = json.loads((folder / "config.json").read_text())
+        config["head_dim"] = 3
+        (folder / "config.json").write_text(json.dumps(config))
+    result = run(first, second, "--out", tmp_path / "x")
+    assert (result.exit_code, "Nothing is known of" in result.stderr) == (1, True)
+
+
+def test_a_value_that_is_not_finite_names_its_tensor(tmp_path):
+    state = planted.mlp(1)
+    state["2.weight"][1, 1] = torch.nan
+    save_file(planted.mlp(0), tmp_path / "a.safetensors")
+    save_file(state, tmp_path / "b.safetensors")
+    result = run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--out", tmp_path / "x")
+    assert (result.exit_code, "2.weight is not finite" in result.stderr) == (1, True)
+    zeros = {k: 0 * v for k, v in planted.mlp(2).items()}
+    save_file(zeros, tmp_path / "z.safetensors")
+    save_file(planted.mlp(3), tmp_path / "c.safetensors")
+    files = [tmp_path / f"{name}.safetensors" for name in "acz"]
+    assert run(*files, "--out", tmp_path / "x").exit_code == 0
+
+
 # ---------------------------------------------------------------- mistakes
 
 
@@ -727,10 +889,19 @@ def test_wrong_usage(two_models, tmp_path):
         [first, first],
         [first, second, "--reference", "other"],
         [first, second, "--config", tmp_path / "first" / "config.json"],
+        [first, f"{first}/"],
+        [first, second, "--pad", "--spec", tmp_path / "first" / "config.json"],
     ):
         assert run(*arguments, "--out", out).exit_code == 2
     result = run(first, f"{second}+adapter", "--out", out)
     assert (result.exit_code, "merge the adapter" in result.stderr) == (1, True)
+    missing = run(first, tmp_path / "nowhere.safetensors", "--out", out)
+    assert (missing.exit_code, "There is no file" in missing.stderr) == (1, True)
+    (first / "config.json").write_text('{"model_type": "mistral"}')
+    assert "lack 'num_attention_heads'" in run(first, second, "--out", out).stderr
+    for name in "st":
+        torch.save({"state_dict": planted.mlp(0)}, tmp_path / f"{name}.pt")
+    assert "by name alone" in run(tmp_path / "s.pt", tmp_path / "t.pt", "--out", out).stderr
     (first / "config.json").write_text('{"model_type": "mamba"}')
     result = run(first, second, "--out", out)
     assert "of type mamba are not known" in result.stderr

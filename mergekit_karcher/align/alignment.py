@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_karcher.align.match import Orders
+from mergekit_karcher.align.symmetry import Specification
 from mergekit_karcher.errors import KarcherError
 
 SCHEMA = "mergekit-karcher/alignment/1"
@@ -19,17 +21,26 @@ SCHEMA = "mergekit-karcher/alignment/1"
 class Alignment(BaseModel):
     """Which index comes to each place.
 
-    models: for each model the axes that move, as "tensor:axis", with the number of their order in
-    orders. reference: the model that all were matched to; null where they were matched jointly.
+    specification: a digest of the symmetries that they belong to. models: for each model the axes
+    that move, as "tensor:axis", with the number of their order in orders. reference: the model that
+    all were matched to; null where they were matched jointly.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_: str = Field(SCHEMA, alias="schema", pattern=f"^{SCHEMA}$")
     family: str
+    specification: str
     reference: str | None
     orders: list[list[int]]
     models: dict[str, dict[str, int]]
+
+    def check(self, specification: Specification) -> None:
+        """Raise unless the orders were found for those symmetries."""
+        if self.specification != digest_of(specification):
+            raise KarcherError(
+                "The alignment was found for models with other symmetries than these: align anew."
+            )
 
     def of(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Orders:
         """The orders of one model, checked against the shapes of its tensors."""
@@ -40,9 +51,13 @@ class Alignment(BaseModel):
         found: Orders = {}
         for key, number in self.models[name].items():
             tensor, _, axis = key.rpartition(":")
-            order = torch.tensor(self.orders[number])
+            order = torch.tensor(self.orders[number] if number < len(self.orders) else [])
             length = shapes[tensor][int(axis)] if tensor in shapes else None
-            if length is None or not torch.equal(order.sort().values, torch.arange(length)):
+            if (
+                length is None
+                or len(order) != length
+                or not torch.equal(order.sort().values, torch.arange(length))
+            ):
                 raise KarcherError(
                     f"The alignment does not fit {name}: it is no order of axis {axis} of {tensor}."
                 )
@@ -50,8 +65,17 @@ class Alignment(BaseModel):
         return found
 
 
+def digest_of(specification: Specification) -> str:
+    """Equal for equal symmetries."""
+    text = repr((specification.family, specification.symmetries))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def alignment_of(
-    family: str, reference: str | None, names: Sequence[str], orders: Sequence[Orders]
+    specification: Specification,
+    reference: str | None,
+    names: Sequence[str],
+    orders: Sequence[Orders],
 ) -> Alignment:
     """From the orders of each model; equal ones are kept once."""
     kept: dict[bytes, int] = {}
@@ -65,7 +89,14 @@ def alignment_of(
                 kept[values.tobytes()] = len(lists)
                 lists.append(values.tolist())
             models[name][f"{tensor}:{axis}"] = kept[values.tobytes()]
-    return Alignment(schema=SCHEMA, family=family, reference=reference, orders=lists, models=models)
+    return Alignment(
+        schema=SCHEMA,
+        family=specification.family,
+        specification=digest_of(specification),
+        reference=reference,
+        orders=lists,
+        models=models,
+    )
 
 
 def write(alignment: Alignment, path: Path) -> None:

@@ -53,6 +53,8 @@ class Checkpoint:
             )
         path = Path(reference)
         self.is_raw = path.is_file()
+        if reference.endswith(_WEIGHTS) and not self.is_raw:
+            raise KarcherError(f"There is no file {reference}.")
         if self.is_raw:
             self.folder = path.parent
             index = ShardedTensorIndex.from_file(str(path))
@@ -77,7 +79,13 @@ class Checkpoint:
     def _look(self) -> None:
         if not self.index.is_safetensors:
             for name in self.index.tensor_paths:
-                tensor = self.get(name)
+                try:
+                    tensor = self.get(name)
+                except KeyError:
+                    raise KarcherError(
+                        f"{self.reference} does not hold its tensors by name alone: save the state "
+                        "dictionary by itself."
+                    ) from None
                 self.shapes[name], self.dtypes[name] = tuple(tensor.shape), tensor.dtype
             return
         for shard in self.index.shards:
@@ -107,7 +115,7 @@ class Checkpoint:
         a time, of .bin and .pt files all of a file.
         """
         if self.is_raw:
-            path = out / f"{self.name}{Path(self.reference).suffix}"
+            path = self.target(out)
             partial = path.with_name(f"{path.name}.partial")
             self._write_file(Path(self.reference), partial, self.shapes, change, shapes)
             os.replace(partial, path)
@@ -121,9 +129,12 @@ class Checkpoint:
                 self.folder / shard.filename, target, shard.contained_keys, change, shapes
             )
         self._copy_rest(partial, config)
-        shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
         return path
+
+    def target(self, out: Path) -> Path:
+        """Where `write` puts it; must not be there yet."""
+        return out / (f"{self.name}{Path(self.reference).suffix}" if self.is_raw else self.name)
 
     def _write_file(
         self,

@@ -24,6 +24,7 @@ from mergekit_karcher.align.assign import (
     squared_distances,
 )
 from mergekit_karcher.align.symmetry import Inside, Move, Specification, Symmetry, components_of
+from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.maths.mean import KarcherMean
 from mergekit_karcher.merge import (
     Group,
@@ -161,7 +162,7 @@ def _joint(
                 break
             spread = now
         spread = _spread(names, models, orders)
-        if spread < least:
+        if not best or spread < least:
             best, least = orders, spread
     return best
 
@@ -245,10 +246,16 @@ def _matched(symmetry: Symmetry, reference: Get, model: Get, orders: Orders) -> 
         own = arranged(model(move.tensor), move.tensor, orders)
         return blocks(reference(move.tensor), move, symmetry.size), blocks(own, move, symmetry.size)
 
-    if len(symmetry.moves) > _MOST_TENSORS:
+    if len(symmetry.moves) > _MOST_TENSORS and not symmetry.inside:
         return _streamed(symmetry, pair, model)
     pairs = [pair(move) for move in symmetry.moves]
     left, right = [a.flatten(1) for a, _ in pairs], [b.flatten(1) for _, b in pairs]
+    for move, sides in zip(symmetry.moves, pairs, strict=True):
+        if not all(bool(torch.isfinite(side).all()) for side in sides):
+            raise KarcherError(
+                f"{move.tensor} is not finite everywhere in one of the models: repair that one, or "
+                "leave it out."
+            )
     if symmetry.inside:
         if stays(symmetry, [a for a, _ in pairs], [b for _, b in pairs]):
             return {}

@@ -52,6 +52,18 @@ def paddings(
             )
         for own, padding in zip(specifications, result, strict=True):
             _widen(own.symmetries[place], max(sizes), padding)
+    for own, name in zip(specifications, names, strict=True):
+        for mine, theirs in zip(first.symmetries, own.symmetries, strict=True):
+            if (mine.moves, mine.inside) != (theirs.moves, theirs.inside):
+                lacking = {m.tensor for m in mine.moves} ^ {m.tensor for m in theirs.moves}
+                what = (
+                    f"only one of them has {', '.join(sorted(lacking))}"
+                    if lacking
+                    else (f"{mine.name} is built differently")
+                )
+                raise KarcherError(
+                    f"{names[0]} and {name} cannot be aligned with each other: {what}."
+                )
     for name in sorted(first.tensors()):
         for padding, model in zip(result, names, strict=True):
             if padding.shapes[name] != result[0].shapes[name]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,12 @@ class Aligned:
 
     @property
     def changed(self) -> bool:
-        """Whether any model moves or grows."""
-        return any(self.orders) or any(padding.added for padding in self.paddings)
+        """Whether any model moves, grows, or gets the counts of another."""
+        return (
+            any(self.orders)
+            or any(padding.added for padding in self.paddings)
+            or bool(_reconciled(self.checkpoints))
+        )
 
     def moved(self) -> dict[str, float]:
         """The share of units that moved, by symmetry, over the models that may move."""
@@ -140,7 +145,15 @@ def align(
         for checkpoint, own, padding in zip(checkpoints, specifications, grown, strict=True)
     ]
     specification = widened(specifications[0], grown[0].shapes, grown[0])
+    for checkpoint in checkpoints:
+        for name in sorted(specification.tensors()):
+            if not checkpoint.dtypes[name].is_floating_point:
+                raise KarcherError(
+                    f"{name} of {checkpoint.name} is {checkpoint.dtypes[name]}: a quantised model "
+                    "must be dequantised before it is aligned."
+                )
     if known is not None:
+        known.check(specification)
         orders = [
             known.of(name, padding.shapes) for name, padding in zip(names, grown, strict=True)
         ]
@@ -151,7 +164,7 @@ def align(
             specification, choices.reference, gets, choices.starts, choices.seed, advance
         )
     reference = None if choices.reference is None else names[choices.reference]
-    alignment = known or alignment_of(specification.family, reference, names, orders)
+    alignment = known or alignment_of(specification, reference, names, orders)
     advance("distances")
     shared = [
         name
@@ -180,7 +193,13 @@ def config_of(checkpoints: Sequence[Checkpoint], paths: Sequence[str]) -> dict[s
 
 def _specification(checkpoint: Checkpoint, choices: Choices) -> Specification:
     if choices.spec is None:
-        return specification_for(checkpoint.config, checkpoint.shapes, choices.residual)
+        try:
+            return specification_for(checkpoint.config, checkpoint.shapes, choices.residual)
+        except KeyError as error:
+            raise KarcherError(
+                f"The config or the weights of {checkpoint.reference} lack {error}, which models "
+                "of its type have."
+            ) from None
     try:
         document = yaml.safe_load(choices.spec.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -197,12 +216,16 @@ def _geometry(names: Sequence[str], gets: Sequence[Get], orders: Sequence[Orders
 
 
 def _reconciled(checkpoints: Sequence[Checkpoint]) -> dict[str, torch.Tensor]:
-    """Buffers of whole numbers that differ, such as counts of batches, as the first model has them.
+    """Single whole numbers that differ, such as counts of batches, as the first model has them.
 
     mergekit stops on those that differ.
     """
     first, *others = checkpoints
-    names = [name for name, dtype in first.dtypes.items() if not dtype.is_floating_point]
+    names = [
+        name
+        for name, dtype in first.dtypes.items()
+        if not dtype.is_floating_point and math.prod(first.shapes[name]) == 1
+    ]
     return {
         name: first.get(name)
         for name in names

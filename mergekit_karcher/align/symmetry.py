@@ -64,9 +64,9 @@ class Specification:
     """The symmetries of one network, with the shapes of its tensors.
 
     fixed: (tensor, axis) pairs, by shell patterns of names, that no symmetry moves: every axis must
-    be one or the other, so that what was forgotten is noticed. width_key: where the config of a
-    model says how many units its padded symmetries have. Raises `KarcherError` when built unless
-    sizes agree, blocks do not overlap, and every axis is known.
+    be one or the other (or both, if it is moved in part), so that what was forgotten is noticed.
+    width_key: where the config of a model says how many units its padded symmetries have. Raises
+    `KarcherError` when built unless sizes agree, blocks do not overlap, and every axis is known.
     """
 
     family: str
@@ -101,7 +101,7 @@ def present(symmetry: Symmetry, shapes: Shapes) -> Symmetry:
 def from_yaml(document: Any, shapes: Shapes) -> Specification:
     """A user's specification.
 
-    symmetries: a list of {name, size, moves, inside, padding, feeds, layers}; moves of {tensor,
+    symmetries: a list of {name, size, moves, inside, feeds, layers}; moves of {tensor,
     axis, offset, block}, those of inside of {move, offset, block}. With layers: N a symmetry
     stands for N, with {layer} in its names from 0 on. fixed: a list of {tensor, axis}, tensors as
     patterns.
@@ -119,6 +119,13 @@ def from_yaml(document: Any, shapes: Shapes) -> Specification:
 
 def _expanded(entries: Iterable[Mapping[str, Any]]) -> Iterator[Symmetry]:
     for entry in entries:
+        _known_keys(entry, ("name", "size", "moves", "inside", "feeds", "layers"))
+        for move in entry["moves"]:
+            _known_keys(move, ("tensor", "axis", "offset", "block"))
+        for inner in entry.get("inside", ()):
+            _known_keys(inner, ("name", "size", "moves"))
+            for move in inner["moves"]:
+                _known_keys(move, ("move", "offset", "block"))
         layers = range(int(entry["layers"])) if "layers" in entry else (None,)
         for layer in layers:
 
@@ -152,8 +159,16 @@ def _expanded(entries: Iterable[Mapping[str, Any]]) -> Iterator[Symmetry]:
                     )
                     for inner in entry.get("inside", ())
                 ),
-                bool(entry.get("padding", False)),
+                False,
                 tuple(named(name) for name in entry.get("feeds", ())),
+            )
+
+
+def _known_keys(part: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key in part:
+        if key not in known:
+            raise KarcherError(
+                f"The specification has {key!r} where only {', '.join(known)} can stand."
             )
 
 
@@ -161,6 +176,8 @@ def _validate(specification: Specification) -> None:
     shapes = specification.shapes
     taken: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
     for symmetry in specification.symmetries:
+        if symmetry.size < 1:
+            raise KarcherError(f"Symmetry {symmetry.name} has {symmetry.size} units.")
         for move in symmetry.moves:
             shape = shapes.get(move.tensor)
             if shape is None:
@@ -195,10 +212,12 @@ def _validate(specification: Specification) -> None:
                 axis == place and fnmatchcase(name, pattern)
                 for pattern, place in specification.fixed
             )
-            if (name, axis) not in taken and not fixed:
+            moved = sum(stop - start for start, stop, _ in taken.get((name, axis), ()))
+            if moved < shape[axis] and not fixed:
+                what = f"{shape[axis] - moved} of {shape[axis]} places on " if moved else ""
                 raise KarcherError(
-                    f"Nothing is known of axis {axis} of {name}: let a symmetry move it, or list "
-                    "it as fixed."
+                    f"Nothing is known of {what}axis {axis} of {name}: let a symmetry move it, or "
+                    "list it as fixed."
                 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ from tqdm import tqdm
 from mergekit_karcher.align import alignment
 from mergekit_karcher.align.checkpoint import Checkpoint
 from mergekit_karcher.align.run import Aligned, Choices, align, config_of
-from mergekit_karcher.cli.config import named_in, read_config
+from mergekit_karcher.cli.config import MODEL_KEYS, named_in, read_config
 from mergekit_karcher.cli.main import examples, logged
+from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.report.names import is_local, short_names
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -89,18 +91,26 @@ def main(
     references = list(models) if document is None else [*dict.fromkeys(named_in(document))]
     if len(references) < 2:
         raise click.UsageError("Give at least two models.")
-    if len(set(references)) < len(references):
+    places = [os.path.realpath(r) if os.path.exists(r) else r for r in references]
+    if len(set(places)) < len(places):
         raise click.UsageError("Give each model once.")
+    if spec is not None and pad:
+        raise click.UsageError("--pad needs to know more of a network than --spec says.")
     anchor = reference if reference is not None else (document or {}).get("base_model")
     if anchor is None and len(references) == 2:
         anchor = references[0]
     if anchor is not None and anchor not in references:
         raise click.UsageError(f"--reference {anchor} is not among the models.")
-    names = short_names(references, is_local)
+    names = _folder_names(references)
     checkpoints = [
-        Checkpoint(model, _folder_name(names[model], model), transformers_cache)
-        for model in references
+        Checkpoint(model, name, transformers_cache)
+        for model, name in zip(references, names, strict=True)
     ]
+    if not dry_run:
+        targets = [checkpoint.target(out) for checkpoint in checkpoints]
+        for target in (*targets, out / "config.yml", out / "alignment.json"):
+            if target.exists():
+                raise KarcherError(f"{target} exists: name a new folder by --out.")
     choices = Choices(
         None if anchor is None else references.index(anchor), spec, residual, pad, starts, seed
     )
@@ -172,14 +182,30 @@ def _degrees(angle: float) -> str:
     return f"{round(math.degrees(angle), 5):.3g}"
 
 
-def _folder_name(name: str, model: str) -> str:
-    name = name.removesuffix(Path(model).suffix) if Path(model).is_file() else name
-    return re.sub(r"[/@]", "--", name)
+def _folder_names(references: Sequence[str]) -> list[str]:
+    short = short_names(references, is_local)
+    names = [re.sub(r"[/\\@]", "--", short[reference]) for reference in references]
+    stems = [
+        name.removesuffix(Path(reference).suffix) if Path(reference).is_file() else name
+        for name, reference in zip(names, references, strict=True)
+    ]
+    # The same name with two endings would be one name.
+    return stems if len(set(stems)) == len(stems) else names
 
 
 def _replaced(part: Any, places: dict[str, str]) -> Any:
+    """A config with the models in other places; words such as base may be names of models, too."""
     if isinstance(part, list):
         return [_replaced(item, places) for item in part]
-    if isinstance(part, dict):
-        return {key: _replaced(value, places) for key, value in part.items()}
-    return places.get(part, part) if isinstance(part, str) else part
+    if not isinstance(part, dict):
+        return part
+    return {
+        key: places.get(value, value)
+        if isinstance(value, str) and (key in MODEL_KEYS or _is_source(key, value))
+        else _replaced(value, places)
+        for key, value in part.items()
+    }
+
+
+def _is_source(key: str, value: str) -> bool:
+    return key in ("tokenizer_source", "source") and value not in ("base", "union")

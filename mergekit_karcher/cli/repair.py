@@ -55,7 +55,10 @@ def main(merged: str, parents: tuple[str, ...], data: Path, out: Path, quiet: bo
     """
     if out.exists():
         raise KarcherError(f"{out} exists: name a place that does not.")
-    own = Checkpoint(merged, out.stem if Path(merged).is_file() else out.name)
+    raw = Path(merged).is_file()
+    if raw and out.suffix != Path(merged).suffix:
+        raise KarcherError(f"{out} must end in {Path(merged).suffix}, as {merged} does.")
+    own = Checkpoint(merged, out.stem if raw else out.name)
     specification = specification_for(own.config, own.shapes, residual=False)
     axes = {
         feed.removesuffix(".weight"): move.axis
@@ -65,7 +68,10 @@ def main(merged: str, parents: tuple[str, ...], data: Path, out: Path, quiet: bo
         if move.tensor == feed and move.block == 1
     }
     load, run = _stack(own, data) if own.is_raw else _language_model(merged, data)
-    corrections = repair(load(merged), map(load, parents), run, list(axes))
+    network = load(merged)
+    modules = {_module_name(network, name): name for name in axes}
+    found = repair(network, map(load, parents), run, list(modules))
+    corrections = {modules[name]: correction for name, correction in found.items()}
     out.parent.mkdir(parents=True, exist_ok=True)
     own.write(
         out.parent,
@@ -80,6 +86,13 @@ def main(merged: str, parents: tuple[str, ...], data: Path, out: Path, quiet: bo
             f"{scales.median():.3g} in the median, {scales.min():.3g} to {scales.max():.3g}.",
             err=True,
         )
+
+
+def _module_name(network: nn.Module, name: str) -> str:
+    """Checkpoints of bare models leave out the name that the model has under its head."""
+    inner = f"{getattr(network, 'base_model_prefix', '')}.{name}"
+    modules = dict(network.named_modules())
+    return name if name in modules or inner not in modules else inner
 
 
 Load = Callable[[str], nn.Module]

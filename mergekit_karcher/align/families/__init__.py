@@ -35,4 +35,10 @@ def specification_for(
             f"The symmetries of models of type {model_type} are not known: give them by --spec "
             f"(known are {', '.join(sorted(BY_MODEL_TYPE))})."
         )
-    return family(config, shapes, residual)
+    specification = family(config, shapes, residual)
+    if not any(symmetry.padding for symmetry in specification.symmetries):
+        raise KarcherError(
+            f"No layer of the type {model_type} is among the weights; quantised models must be "
+            "dequantised first."
+        )
+    return specification

@@ -124,7 +124,11 @@ def _is_known(name: str) -> bool:
     """Whether it is a tensor of this family, whatever a symmetry does with it."""
     if name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         return True
-    module = name.rpartition(".")[0].rpartition(".")[2]
-    return name.startswith("model.layers.") and (
-        module.endswith(("_proj", "layernorm")) or module in ("q_norm", "k_norm", "rotary_emb")
+    *_, module, part = name.split(".")
+    if (module, part) == ("rotary_emb", "inv_freq"):
+        return True
+    return (
+        name.startswith("model.layers.")
+        and part in ("weight", "bias")
+        and (module.endswith(("_proj", "layernorm")) or module in ("q_norm", "k_norm"))
     )

@@ -1,7 +1,8 @@
 """Plain stacks of layers, as an `nn.Sequential` has them: linear, convolutional, normalising.
 
 Found by names and shapes alone: one name with a number in it for all layers, and widths that fit.
-What lies between (activations, pooling, dropout) works on each unit alone and needs no name.
+What lies between (activations, pooling, dropout) works on each unit alone and needs no name; skip
+connections and a first convolution in groups cannot be seen, and need a specification.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ def specification(shapes: Shapes) -> Specification:
     waiting: list[Move] = []
     width = 0
     first = ""
+    # Norms over all units would notice units of zeros.
+    paddable = True
     for layer in _layers(shapes):
         parts = layer.parts
         shape = shapes[parts["weight"]]
@@ -42,16 +45,26 @@ def specification(shapes: Shapes) -> Specification:
                 # Pixels of a channel follow each other where an image becomes a vector.
                 waiting.append(Move(weight, 1, 0, shape[1] // width))
                 symmetries.append(
-                    Symmetry(first, width, tuple(waiting), padding=True, feeds=(waiting[0].tensor,))
+                    Symmetry(
+                        first, width, tuple(waiting), padding=paddable, feeds=(waiting[0].tensor,)
+                    )
                 )
             else:
                 fixed.append((weight, 1))
             fixed += [(weight, axis) for axis in range(2, len(shape))]
+            paddable = True
             width, first = shape[0], weight.rpartition(".")[0]
             waiting = [Move(weight, 0)]
             if "bias" in parts:
                 waiting.append(Move(parts["bias"], 0))
         elif waiting and shape == (width,):
+            if "running_mean" not in parts:
+                if len(shapes[waiting[0].tensor]) > 2:
+                    raise _no_stack(
+                        f"{parts['weight']} is a norm without running statistics after a "
+                        "convolution, perhaps over groups of channels"
+                    )
+                paddable = False
             waiting += [Move(parts[part], 0) for part in _NORM_PARTS if part in parts]
         else:
             raise _no_stack(f"{parts['weight']} of shape {shape} does not follow {width} units")
