@@ -8,7 +8,7 @@ The second loads are other tasks than the first, and come after the mean: as the
 earlier, mergekit's executor would hold all tensors of all models in between.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -173,13 +173,19 @@ def with_one_mean(tasks: Sequence[Any], merges: Sequence[Any]) -> list[Any]:
     """
     types = _task_types()
     mean = _mean_of(merges)
-    planned = {id(task) for task in merges}
-    changed: dict[int, Any] = {}
-    for task in tasks:
-        merge_task = getattr(task, "tensor_task", None)
-        if id(merge_task) in planned:
-            combine = types.CombineWithMean(merge_task=merge_task, mean=mean)
-            changed[id(task)] = task.model_copy(update={"tensor_task": combine})
+    return with_merges_replaced(
+        tasks,
+        {id(task): types.CombineWithMean(merge_task=task, mean=mean) for task in merges},
+    )
+
+
+def with_merges_replaced(tasks: Sequence[Any], new: Mapping[int, Any]) -> list[Any]:
+    """A plan with other tasks in the place of its merge tasks, by the id of what they replace."""
+    changed = {
+        id(task): task.model_copy(update={"tensor_task": new[id(task.tensor_task)]})
+        for task in tasks
+        if id(getattr(task, "tensor_task", None)) in new
+    }
     result = []
     for task in tasks:
         if hasattr(task, "tensor_save_tasks"):

@@ -7,7 +7,7 @@ tensor. Units may have symmetries of their own inside (the dimensions inside a h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -96,6 +96,24 @@ def present(symmetry: Symmetry, shapes: Shapes) -> Symmetry:
     )
     moves = tuple(symmetry.moves[index] for index in kept)
     return replace(symmetry, moves=moves, inside=tuple(i for i in inside if i.moves and i.size > 1))
+
+
+def with_known_fixed(
+    family: str,
+    shapes: Shapes,
+    symmetries: Sequence[Symmetry],
+    is_known: Callable[[str], bool],
+    width_key: str,
+) -> Specification:
+    """A specification of tensors that a family knows: what no symmetry moves of them is fixed."""
+    moved = {(move.tensor, move.axis) for symmetry in symmetries for move in symmetry.moves}
+    fixed = tuple(
+        (name, axis)
+        for name, shape in shapes.items()
+        for axis in range(len(shape))
+        if (name, axis) not in moved and is_known(name)
+    )
+    return Specification(family, shapes, tuple(symmetries), fixed, width_key)
 
 
 def from_yaml(document: Any, shapes: Shapes) -> Specification:

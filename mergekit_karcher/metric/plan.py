@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.metric.method import IDENTITY, METRICS
-from mergekit_karcher.whole_model import loads_of
+from mergekit_karcher.whole_model import loads_of, with_merges_replaced
 
 _loaders: dict[str, Any] = {}
 
@@ -70,21 +70,13 @@ def _task_types() -> SimpleNamespace:
 def with_metrics(tasks: Sequence[Any], merges: Sequence[Any]) -> list[Any]:
     """A plan whose merge tasks of `fisher` load their metrics; they are opened here."""
     types = _task_types()
-    planned = {id(task): task for task in merges}
-    changed: dict[int, Any] = {}
-    for task in tasks:
-        merge = planned.get(id(getattr(task, "tensor_task", None)))
-        if merge is not None:
-            new = types.MergeWithMetrics(merge_task=merge, loads=tuple(_loads(merge)))
-            changed[id(task)] = task.model_copy(update={"tensor_task": new})
-    result = []
-    for task in tasks:
-        if hasattr(task, "tensor_save_tasks"):
-            saves = tuple(changed.get(id(save), save) for save in task.tensor_save_tasks)
-            result.append(task.model_copy(update={"tensor_save_tasks": saves}))
-        else:
-            result.append(changed.get(id(task), task))
-    return result
+    return with_merges_replaced(
+        tasks,
+        {
+            id(merge): types.MergeWithMetrics(merge_task=merge, loads=tuple(_loads(merge)))
+            for merge in merges
+        },
+    )
 
 
 def _loads(merge: Any) -> list[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from mergekit_karcher.align.symmetry import (
     Symmetry,
     layers_of,
     present,
+    with_known_fixed,
 )
 
 MODEL_TYPES = ("bert",)
@@ -32,23 +33,18 @@ def specification(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> 
     ]
     if residual:
         found.append(present(_residual(prefix, layers, width, shapes), shapes))
-    moved = {(move.tensor, move.axis) for symmetry in found for move in symmetry.moves}
     known = (
         *(f"{prefix}{part}." for part in ("embeddings", "encoder", "pooler")),
         "cls.",
         "classifier.",
         "qa_outputs.",
     )
-    fixed = tuple(
-        (name, axis)
-        for name, shape in shapes.items()
-        for axis in range(len(shape))
-        if (name, axis) not in moved
-        and name.startswith(known)
-        # What reads the residual stream in a way of its own is not known.
-        and not (residual and "cross" in name)
-    )
-    return Specification("bert", shapes, tuple(found), fixed, "intermediate_size")
+
+    def is_known(name: str) -> bool:
+        # What reads the residual stream in a way of its own is not.
+        return name.startswith(known) and not (residual and "cross" in name)
+
+    return with_known_fixed("bert", shapes, found, is_known, "intermediate_size")
 
 
 def _layer(start: str, shapes: Shapes, heads: int, block: int) -> Iterator[Symmetry]:

@@ -17,6 +17,7 @@ from mergekit_karcher.align.symmetry import (
     Symmetry,
     layers_of,
     present,
+    with_known_fixed,
 )
 
 MODEL_TYPES = ("gpt2",)
@@ -34,18 +35,13 @@ def specification(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> 
     ]
     if residual:
         found.append(present(_residual(prefix, layers, width), shapes))
-    moved = {(move.tensor, move.axis) for symmetry in found for move in symmetry.moves}
     known = (f"{prefix}wte.", f"{prefix}wpe.", f"{prefix}ln_f.", f"{prefix}h.", "lm_head.")
-    fixed = tuple(
-        (name, axis)
-        for name, shape in shapes.items()
-        for axis in range(len(shape))
-        if (name, axis) not in moved
-        and name.startswith(known)
-        # What reads the residual stream in a way of its own is not known.
-        and not (residual and "cross" in name)
-    )
-    return Specification("gpt2", shapes, tuple(found), fixed, "n_inner")
+
+    def is_known(name: str) -> bool:
+        # What reads the residual stream in a way of its own is not.
+        return name.startswith(known) and not (residual and "cross" in name)
+
+    return with_known_fixed("gpt2", shapes, found, is_known, "n_inner")
 
 
 def _layer(start: str, shapes: Shapes, width: int, heads: int) -> Iterator[Symmetry]:

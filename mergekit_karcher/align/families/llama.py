@@ -18,6 +18,7 @@ from mergekit_karcher.align.symmetry import (
     Symmetry,
     layers_of,
     present,
+    with_known_fixed,
 )
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -38,14 +39,7 @@ def specification(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> 
     ]
     if residual:
         found.append(present(_residual(shapes, layers, int(config["hidden_size"])), shapes))
-    moved = {(move.tensor, move.axis) for symmetry in found for move in symmetry.moves}
-    fixed = tuple(
-        (name, axis)
-        for name, shape in shapes.items()
-        for axis in range(len(shape))
-        if (name, axis) not in moved and _is_known(name)
-    )
-    return Specification("llama", shapes, tuple(found), fixed, "intermediate_size")
+    return with_known_fixed("llama", shapes, found, _is_known, "intermediate_size")
 
 
 def _layer(start: str, shapes: Shapes, heads: int, groups: int, width: int) -> Iterator[Symmetry]:

@@ -14,6 +14,7 @@ from mergekit_karcher.align.symmetry import (
     Symmetry,
     layers_of,
     present,
+    with_known_fixed,
 )
 
 MODEL_TYPES = ("gpt_neox",)
@@ -34,18 +35,13 @@ def specification(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> 
     ]
     if residual:
         found.append(present(_residual(prefix, layers, width), shapes))
-    moved = {(move.tensor, move.axis) for symmetry in found for move in symmetry.moves}
     known = (f"{prefix}embed_in.", f"{prefix}final_layer_norm.", f"{prefix}layers.", *_HEADS)
-    fixed = tuple(
-        (name, axis)
-        for name, shape in shapes.items()
-        for axis in range(len(shape))
-        if (name, axis) not in moved
-        and name.startswith(known)
-        # What reads the residual stream in a way of its own is not known.
-        and not (residual and "cross" in name)
-    )
-    return Specification("gpt_neox", shapes, tuple(found), fixed, "intermediate_size")
+
+    def is_known(name: str) -> bool:
+        # What reads the residual stream in a way of its own is not.
+        return name.startswith(known) and not (residual and "cross" in name)
+
+    return with_known_fixed("gpt_neox", shapes, found, is_known, "intermediate_size")
 
 
 def _layer(start: str, shapes: Shapes, heads: int, block: int) -> Iterator[Symmetry]:
