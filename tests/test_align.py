@@ -225,6 +225,49 @@ def test_a_bound_never_lets_a_wrong_order_through():
     assert (found == torch.argsort(order).numpy()).all()
 
 
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e15])
+def test_bounds_are_on_their_side_of_the_truth(scale):
+    """Also where rows are almost equal and far from zero, where float32 rounds most."""
+    generator = torch.Generator().manual_seed(6)
+    shared = 100 * torch.randn(1, 64, generator=generator)
+    left, right = (
+        (scale * (shared + 1e-3 * torch.randn(40, 64, generator=generator))) for _ in range(2)
+    )
+    true = torch.cdist(left.double(), right.double()).square()
+    least = assign.least_distances(
+        assign.some_columns([left], 0.5), assign.some_columns([right], 0.5)
+    )
+    assert (least.double() <= true).all()
+    exact = assign.squared_distances([left], [right], torch.arange(40))
+    assert (exact >= true.diagonal() * (1 - 1e-9)).all()
+    torch.testing.assert_close(exact, true.diagonal(), rtol=1e-4, atol=1e-29)
+
+
+def test_units_that_are_told_apart_by_one_move_only_are_not_said_to_stay():
+    """Equal inside, so that every order inside is as good: what has none decides."""
+    keys, values = torch.randn(3, 2, 40), torch.randn(1, 2, 40).expand(3, 2, 40)
+    moves = (Move("k", 0, 0, 2), Move("v", 0, 0, 2))
+    symmetry = Symmetry("heads", 3, moves, (Inside("values", 2, (InnerMove(1),)),))
+    assert match.stays(symmetry, [keys, values], [keys, values])
+    swapped = keys[[1, 0, 2]]
+    assert not match.stays(symmetry, [keys, values], [swapped, values])
+
+
+def test_of_several_starts_the_least_spread_counts():
+    states = [planted.mlp(seed, (12, 20, 20, 20, 5), (0, 1, 2, 3)) for seed in range(4)]
+    spec = stack.specification(shapes_of(states[0]))
+    gets = [state.__getitem__ for state in states]
+
+    def spread(starts):
+        orders = match.align_jointly(spec, gets, starts, 0, SILENT)
+        products = match.products_between(sorted(states[0]), gets, orders)
+        return match.spread_of(match.mean_between(products, range(4)))
+
+    found = [spread(starts) for starts in (1, 2, 4, 8)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] < found[0]
+
+
 def test_fine_tunes_of_one_base_stay_without_a_whole_table(monkeypatch):
     model = planted.hf_model("llama")
     state = planted.state_of(model)

@@ -279,6 +279,19 @@ def test_weights_of_zero_leave_a_model_out_where_they_stand(close_models, cli):
         assert there == [True, "mlp" not in tensor.name, True]
 
 
+def test_a_merge_with_a_model_of_weight_zero_reports_the_others(
+    close_models, cli, merge, tmp_path, monkeypatch
+):
+    config = config_for(close_models[1:], [1, 0, 2])
+    monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(tmp_path / "seen"))
+    assert merge(config).weights
+    monkeypatch.delenv("MERGEKIT_KARCHER_REPORT")
+    written = json.loads((tmp_path / "seen" / "report.json").read_text())
+    assert written == json.loads(cli("report", "--json", config=config).stdout)
+    assert written["tensors"][0]["coefficients"][1] is None
+    assert written["verdict"].startswith("These two models are ")
+
+
 def test_tied_heads_count_once_and_adapters_are_read(tmp_path, cli, close_models):
     options = {"dtype": torch.float32, "tie_word_embeddings": True}
     tied = [llama(tmp_path / f"t{seed}", seed, **options) for seed in range(2)]
@@ -597,6 +610,7 @@ def test_names_show_no_place_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     paths = ["/data/a/last", "/data/b/last", "me/tuned", "runs/mine", "me/tuned+/x/adapter", "./z"]
+    paths.append("gone/since/then")
     assert short_names(paths, is_local) == {
         "/data/a/last": "a/last",
         "/data/b/last": "b/last",
@@ -604,6 +618,7 @@ def test_names_show_no_place_on_this_machine(tmp_path, monkeypatch):
         "runs/mine": "mine",
         "me/tuned+/x/adapter": "me/tuned+adapter",
         "./z": "z",
+        "gone/since/then": "then",
     }
 
 

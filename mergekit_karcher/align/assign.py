@@ -27,6 +27,8 @@ _BOUND_ROWS = 1024
 _SHARES = (1 / 32, 1 / 8)
 # What float32 may round, relative to the squares that are summed.
 _MARGIN = 1e-5
+# Squares of float32 below this lose their digits.
+_UNDERFLOW = 1e-30
 
 
 def assign(reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]) -> Indices:
@@ -110,7 +112,7 @@ def squared_distances(
             rows = slice(start, start + step)
             gap = left[rows].to(widest) - right[order[rows]].to(widest)
             total[rows] += torch.linalg.vector_norm(gap, dim=1).double().square()
-    return total.mul_(1 + _MARGIN)
+    return total.mul_(1 + _MARGIN).add_(_UNDERFLOW)
 
 
 def some_columns(side: Sequence[torch.Tensor], share: float) -> torch.Tensor:
