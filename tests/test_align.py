@@ -885,6 +885,47 @@ def test_models_called_like_words_of_the_config(two_models, tmp_path, monkeypatc
     assert written["base_model"] == str(tmp_path / "aligned" / "base")
 
 
+def test_metrics_are_carried_along(two_models, tmp_path, merge):
+    """Of a model and of the same in another order, each with its metric: one metric in the end."""
+    first, second = two_models
+    state = weights_of(first)
+    generator = torch.Generator().manual_seed(8)
+    metric = {k: torch.rand(v.shape, generator=generator) for k, v in state.items()}
+    spec = planted.specification(planted.hf_model("mistral"), state)
+    for name, own in (("g1", metric), ("g2", planted.scrambled(metric, spec, 6))):
+        (tmp_path / name).mkdir()
+        own = {key: tensor.contiguous() for key, tensor in own.items()}
+        save_file(own, tmp_path / name / "model.safetensors")
+    shutil.copytree(tmp_path / "g2", tmp_path / "g3")
+    by_filter = [
+        {"filter": "mlp", "value": str(tmp_path / "g2")},
+        {"filter": "norm", "value": str(tmp_path / "g3")},
+        {"value": "identity"},
+    ]
+    document = {
+        "merge_method": "fisher",
+        "models": [
+            {"model": str(first), "parameters": {"metric": str(tmp_path / "g1")}},
+            {"model": str(second), "parameters": {"metric": by_filter}},
+        ],
+    }
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(document))
+    out = tmp_path / "aligned"
+    result = run("--config", tmp_path / "c.yml", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert_equal_states(weights_of(out / "second-metric"), metric)
+    config = yaml.safe_load((out / "config.yml").read_text())
+    assert config["models"][0]["parameters"]["metric"] == str(tmp_path / "g1")
+    carried = config["models"][1]["parameters"]["metric"]
+    assert carried == [
+        {"filter": "mlp", "value": str(out / "second-metric")},
+        {"filter": "norm", "value": str(out / "second-metric-2")},
+        {"value": "identity"},
+    ]
+    for name, tensor in merge(config).weights.items():
+        torch.testing.assert_close(tensor, state[name], rtol=2**-7, atol=0)
+
+
 def test_files_of_one_name_keep_their_endings(tmp_path):
     state = planted.mlp(0)
     save_file(state, tmp_path / "a.safetensors")

@@ -325,6 +325,7 @@ ROOMS = {
         "errors",
         "maths",
         "method",
+        "metric",
         "plan",
         "plugin",
         "report",

@@ -59,6 +59,17 @@ def test_the_wheel_merges_with_mergekit_yaml(environment, three_models, tmp_path
     version = f"mergekit-karcher {mergekit_karcher.__version__}"
     assert version in (tmp_path / "out" / "README.md").read_text()
 
+    ours = environment / "mergekit-karcher"
+    path = f"{environment}{os.pathsep}{os.environ['PATH']}"
+    assert "mergekit-yaml runs this package's karcher." in run(
+        ours, "doctor", cwd=tmp_path, PATH=path
+    )
+    # The wheel alone brings no matplotlib.
+    output = run(ours, "report", config, "--out", "geometry", cwd=tmp_path)
+    assert "These three models are up to" in output
+    assert "pip install 'mergekit-karcher[report]' adds them" in output
+    assert (tmp_path / "geometry" / "report.json").is_file()
+
     output = run(
         environment / "mergekit-yaml", config, "theirs", cwd=tmp_path, MERGEKIT_KARCHER="0"
     )

@@ -65,7 +65,7 @@ class Checkpoint:
         self.index = index
         self._loader = LazyTensorLoader(index, lazy_unpickle=False)
         self.config: dict[str, Any] | None = None
-        if not self.is_raw:
+        if not self.is_raw and (self.folder / _CONFIG).is_file():
             self.config = json.loads((self.folder / _CONFIG).read_text(encoding="utf-8"))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -168,8 +168,9 @@ class Checkpoint:
             weights = path.name.endswith((*_WEIGHTS, ".index.json", ".gguf", ".h5", ".msgpack"))
             if path.is_file() and not weights and path.name != _CONFIG:
                 shutil.copyfile(path, target / path.name)
-        text = json.dumps({**(self.config or {}), **config}, indent=2)
-        (target / _CONFIG).write_text(f"{text}\n", encoding="utf-8")
+        if self.config is not None:
+            text = json.dumps({**self.config, **config}, indent=2)
+            (target / _CONFIG).write_text(f"{text}\n", encoding="utf-8")
         if len(self.index.shards) > 1 or "-of-" in self.index.shards[0].filename:
             files = {
                 name: self._renamed(file) for name, file in sorted(self.index.tensor_paths.items())

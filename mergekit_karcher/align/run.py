@@ -58,11 +58,13 @@ class Geometry(NamedTuple):
 class Aligned:
     """Models with the orders that were found for them.
 
-    specification: of the models at their common widths. gets: their tensors, padded, not yet in
-    order. before, after: their geometry over the tensors that all have in one shape.
+    own: the specification of each model. specification: of all, at their common widths. gets: their
+    tensors, padded, not yet in order. before, after: their geometry over the tensors that all have
+    in one shape.
     """
 
     checkpoints: Sequence[Checkpoint]
+    own: Sequence[Specification]
     specification: Specification
     paddings: Sequence[Padding]
     gets: Sequence[Get]
@@ -126,6 +128,22 @@ class Aligned:
             paths.append(str(path.resolve()))
         return paths
 
+    def carry(self, index: int, metric: Checkpoint, out: Path) -> Path:
+        """Write a metric of a model, named and shaped like its tensors, in that model's order."""
+        padding, orders = self.paddings[index], self.orders[index]
+        get = padded(metric.get, self.own[index], padding)
+
+        def change(name: str, _: torch.Tensor) -> torch.Tensor:
+            return arranged(get(name), name, orders)
+
+        for name, shape in metric.shapes.items():
+            if shape != self.checkpoints[index].shapes.get(name):
+                raise KarcherError(
+                    f"The metric {metric.reference} does not fit {self.checkpoints[index].name}: "
+                    f"its {name} has shape {shape}."
+                )
+        return metric.write(out, change, padding.shapes, {})
+
 
 def align(
     checkpoints: Sequence[Checkpoint],
@@ -174,7 +192,9 @@ def align(
     ]
     before = _geometry(shared, gets, [{} for _ in gets])
     after = _geometry(shared, gets, orders) if any(orders) else before
-    return Aligned(checkpoints, specification, grown, gets, alignment, orders, before, after)
+    return Aligned(
+        checkpoints, specifications, specification, grown, gets, alignment, orders, before, after
+    )
 
 
 def config_of(checkpoints: Sequence[Checkpoint], paths: Sequence[str]) -> dict[str, Any]:

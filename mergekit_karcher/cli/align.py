@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mergekit_karcher.align.run import Aligned, Choices, align, config_of
 from mergekit_karcher.cli.config import MODEL_KEYS, named_in, read_config
 from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.metric.method import IDENTITY
 from mergekit_karcher.report.names import is_local, short_names
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -137,7 +139,19 @@ def _write(
     written = done.write(out)
     merged = config_of(done.checkpoints, written)
     if document is not None:
-        merged = _replaced(document, dict(zip(references, written, strict=True)))
+
+        @cache
+        def carry(model: str, metric: str) -> str:
+            index = references.index(model)
+            if metric == IDENTITY or not (done.orders[index] or done.paddings[index].added):
+                return metric
+            name = f"{done.checkpoints[index].name}-metric"
+            others = len([*out.glob(f"{name}*")])
+            own = Checkpoint(metric, f"{name}-{others + 1}" if others else name)
+            return str(done.carry(index, own, out).resolve())
+
+        carried = _with_metrics(document, carry)
+        merged = _replaced(carried, dict(zip(references, written, strict=True)))
     text = yaml.safe_dump(merged, sort_keys=False)
     (out / "config.yml").write_text(text, encoding="utf-8")
     alignment.write(done.alignment, out / "alignment.json")
@@ -205,6 +219,27 @@ def _replaced(part: Any, places: dict[str, str]) -> Any:
         else _replaced(value, places)
         for key, value in part.items()
     }
+
+
+def _with_metrics(part: Any, carry: Callable[[str, str], str]) -> Any:
+    """A config with other metrics; carry: from a model and its metric to the new one."""
+    if isinstance(part, list):
+        return [_with_metrics(item, carry) for item in part]
+    if not isinstance(part, dict):
+        return part
+
+    def changed(setting: Any) -> Any:
+        if isinstance(setting, list):
+            return [changed(item) for item in setting]
+        if isinstance(setting, dict):
+            return {**setting, "value": changed(setting["value"])}
+        return carry(part["model"], setting)
+
+    result = {key: _with_metrics(value, carry) for key, value in part.items()}
+    parameters = part.get("parameters") or {}
+    if isinstance(part.get("model"), str) and "metric" in parameters:
+        result["parameters"] = {**parameters, "metric": changed(parameters["metric"])}
+    return result
 
 
 def _is_source(key: str, value: str) -> bool:
