@@ -954,6 +954,14 @@ def test_a_value_that_is_not_finite_names_its_tensor(tmp_path):
     save_file(state, tmp_path / "b.safetensors")
     result = run(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--out", tmp_path / "x")
     assert (result.exit_code, "2.weight is not finite" in result.stderr) == (1, True)
+    model = planted.hf_model("mistral")
+    good = planted.state_of(model)
+    spec = planted.specification(model, good, residual=True)
+    bad = {k: v.clone() for k, v in good.items()}
+    bad["model.layers.1.self_attn.v_proj.weight"][0, 0] = torch.inf
+    gets = [good.__getitem__, bad.__getitem__]
+    with pytest.raises(KarcherError, match="is not finite everywhere in one of the models"):
+        match.align_to_reference(spec, 0, gets, 1, 0, SILENT)
     zeros = {k: 0 * v for k, v in planted.mlp(2).items()}
     save_file(zeros, tmp_path / "z.safetensors")
     save_file(planted.mlp(3), tmp_path / "c.safetensors")

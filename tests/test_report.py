@@ -390,15 +390,18 @@ def test_a_folder_that_cannot_be_made_stops_the_merge_before_it_starts(
     assert not outcome.out.exists()
 
 
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
 def test_a_report_that_cannot_be_written_in_the_end_leaves_the_merge_whole(
-    close_models, merge, tmp_path, monkeypatch, caplog
+    close_models, merge, tmp_path, monkeypatch, caplog, kind
 ):
     def full(*_):
-        raise OSError("No space left on device")
+        raise kind("No space left on device")
 
     monkeypatch.setattr("mergekit_karcher.report.task.write", full)
     monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(tmp_path / "seen"))
-    assert merge(config_for(close_models[1:])).weights
+    outcome = merge(config_for(close_models[1:]))
+    assert outcome.weights
+    assert (outcome.out / "config.json").is_file()
     assert "The report was not written to" in caplog.text
     assert "No space left" in caplog.text
 

@@ -250,23 +250,30 @@ def _matched(symmetry: Symmetry, reference: Get, model: Get, orders: Orders) -> 
         return _streamed(symmetry, pair, model)
     pairs = [pair(move) for move in symmetry.moves]
     left, right = [a.flatten(1) for a, _ in pairs], [b.flatten(1) for _, b in pairs]
-    for move, sides in zip(symmetry.moves, pairs, strict=True):
-        if not all(bool(torch.isfinite(side).all()) for side in sides):
-            raise KarcherError(
-                f"{move.tensor} is not finite everywhere in one of the models: repair that one, or "
-                "leave it out."
-            )
-    if symmetry.inside:
-        if stays(symmetry, [a for a, _ in pairs], [b for _, b in pairs]):
-            return {}
-        order, inner = _nested(symmetry, pairs)
-    else:
-        order = assign(left, right)
-        inner = [np.tile(np.arange(move.block), (symmetry.size, 1)) for move in symmetry.moves]
+    try:
+        if symmetry.inside:
+            if stays(symmetry, [a for a, _ in pairs], [b for _, b in pairs]):
+                return {}
+            order, inner = _nested(symmetry, pairs)
+        else:
+            order = assign(left, right)
+            inner = [np.tile(np.arange(move.block), (symmetry.size, 1)) for move in symmetry.moves]
+    except ValueError:
+        # No bound holds for such values, and no assignment is found: so only then they are sought.
+        for move, sides in zip(symmetry.moves, pairs, strict=True):
+            if not all(bool(torch.isfinite(side).all()) for side in sides):
+                raise _not_finite(move.tensor) from None
+        raise
     gain = _gain(left, right, symmetry, order, inner, pairs)
     if not gain:
         return {}
     return _as_orders(symmetry, order, inner, model)
+
+
+def _not_finite(what: str) -> KarcherError:
+    return KarcherError(
+        f"{what} is not finite everywhere in one of the models: repair that one, or leave it out."
+    )
 
 
 def _gain(
@@ -303,6 +310,8 @@ def _streamed(
         (benefits([a.flatten(1)], [b.flatten(1)]) for a, b in map(pair, symmetry.moves)),
         np.zeros((symmetry.size, symmetry.size)),
     )
+    if not np.isfinite(table).all():
+        raise _not_finite(f"One of the tensors of the {symmetry.name}")
     stay = float(np.trace(table))
     order = best_order(table.copy())
     new = float(table[np.arange(symmetry.size), order].sum())

@@ -152,9 +152,11 @@ def _write(
 
         carried = _with_metrics(document, carry)
         merged = _replaced(carried, dict(zip(references, written, strict=True)))
-    text = yaml.safe_dump(merged, sort_keys=False)
-    (out / "config.yml").write_text(text, encoding="utf-8")
     alignment.write(done.alignment, out / "alignment.json")
+    # Last, so that a folder that has it is whole.
+    partial = out / "config.yml.partial"
+    partial.write_text(yaml.safe_dump(merged, sort_keys=False), encoding="utf-8")
+    os.replace(partial, out / "config.yml")
 
 
 def _show(done: Aligned, out: Path, dry_run: bool) -> None:

@@ -16,7 +16,6 @@ _DPI = 100
 # Cells of the matrix of models are labelled with their angle up to this many models.
 _LABELLED = 10
 
-
 TITLES = {
     "angles.png": "Largest angle between two models, by layer and module",
     "models.png": "Angles between the models",
@@ -26,25 +25,18 @@ TITLES = {
 
 def draw(report: Report, folder: Path) -> None:
     """Write the PNG files of TITLES. Raises ImportError where matplotlib is not installed."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     makers = {"angles.png": _heat_map, "models.png": _models, "lengths.png": _lengths}
     for file, make in makers.items():
         figure = make(report, TITLES[file])
         figure.savefig(folder / file, dpi=_DPI, bbox_inches="tight")
-        pyplot.close(figure)
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
-    from matplotlib import pyplot
+    # Not by pyplot: a merge in a program of one's own leaves that program's figures alone.
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(
-        panels, 1, figsize=(width, height), layout="constrained", squeeze=False
-    )
-    return figure, list(axes[:, 0])
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(panels, 1, squeeze=False)[:, 0])
 
 
 def _layers(report: Report) -> list[int | None]:
@@ -146,7 +138,8 @@ def _lengths(report: Report, title: str) -> Any:
         axes.set_ylim(bottom=0)
         what = "of the weights" if origin == "zero" else "of the task vectors"
         axes.set_title(f"{title}: {what}" if axes is panels[0] else what)
-        axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize="small")
+        if axes.lines:
+            axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", fontsize="small")
     return figure
 
 

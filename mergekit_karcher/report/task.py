@@ -40,13 +40,14 @@ def _task_type() -> Any:
             return True
 
         def execute(self, **_: Any) -> None:
-            report = build(self.planned, self.stage.observations, self.stage.means)
             try:
+                report = build(self.planned, self.stage.observations, self.stage.means)
                 if not write(report, self.folder):
                     _LOG.warning(NO_PLOTS)
-            except OSError as error:
-                # The merge itself is whole.
+            except Exception as error:
+                # All weights are saved; mergekit has yet to save config and tokenizer.
                 _LOG.error("The report was not written to %s: %s.", self.folder, error)
+                _LOG.debug("stopped by", exc_info=True)
 
     return WriteReport
 
