@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels.combine import combine
 from mergekit_karcher.kernels.gram import grams
+from mergekit_karcher.kernels.metrics import SharedMetric
 from mergekit_karcher.maths.geometry import Floats
 from mergekit_karcher.maths.gradient import pull_back
 from mergekit_karcher.maths.mean import KarcherMean, Magnitude, Means, gathered, means_of_grams
+from mergekit_karcher.metric.checks import FLOOR, warn_of_zeros
+from mergekit_karcher.metric.shared import shared_metric
 
 MAX_ITER = 100
 TOL = 1e-12
@@ -43,12 +46,13 @@ class Settings(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The inputs of one output tensor, N or fewer, and the base around which they are merged."""
+    """The inputs of one output tensor, N or fewer; the base and the metric of their mean."""
 
     name: str
     tensors: Sequence[torch.Tensor]
     labels: Sequence[str]
     base: torch.Tensor | None = None
+    metric: SharedMetric | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +88,8 @@ def karcher_mean(
     base: torch.Tensor | None = None,
     granularity: Literal["tensor", "row"] = "tensor",
     magnitude: Literal["arithmetic", "linear", "geometric"] = "arithmetic",
+    metrics: Sequence[torch.Tensor | None] | None = None,
+    floor: float = FLOOR,
     pad: bool = False,
     max_iter: int = MAX_ITER,
     tol: float = TOL,
@@ -103,15 +109,20 @@ def karcher_mean(
         itself, and tensors of fewer than two axes whole.
     magnitude: the length, from w_i that sum to one: "arithmetic", sum_i w_i |W_i| (equation 6);
         "linear", |sum_i w_i W_i|; "geometric", prod_i |W_i|^(w_i).
+    metrics: one for each input, of its shape and device, floating, finite and >= 0; None is one
+        everywhere. Angles and lengths are then those of the metric that the inputs share,
+        G = sum_i w_i (G_i + floor mean(G_i)): <x, y>_G = sum_e G_e x_e y_e. The scale of all of
+        them says nothing, and entries that are all the same give the mean without metrics.
+    floor: as a fraction of each metric's own mean, what is added to it.
     pad: fill tensors whose shapes differ up with zeros, at the end of each axis, to the largest
         size of it (paper, section 6.2); copies are made of those that need it.
     max_iter: steps at most; a handful suffices. tol: radians, the longest tangent step that
         counts as converged.
 
     Returns the mean, of the promoted dtype and rounded once, and a `KarcherMean` that says how it
-    was found. Gradients flow to every input that requires one. Scratch memory is bounded whatever
-    N and the size are, but for N coefficients a row. Raises `KarcherError` for anything it cannot
-    merge.
+    was found. Gradients flow to every input that requires one, none to metrics. Scratch memory is
+    bounded whatever N and the size are, but for N coefficients a row. Raises `KarcherError` for
+    anything it cannot merge.
     """
     tensors = list(tensors)
     values = [1.0] * len(tensors) if weights is None else [float(w) for w in weights]
@@ -122,8 +133,15 @@ def karcher_mean(
         raise KarcherError(f"magnitude is {magnitude!r}: give arithmetic, linear or geometric.")
     if pad:
         *tensors, base = _padded([*tensors, base])
+        metrics = metrics if metrics is None else _padded(metrics)
     settings = Settings(granularity, Magnitude(magnitude), max_iter, tol)
-    (merged,), mean = merge([Group("the tensor", tensors, labels, base)], values, settings)
+    group = Group("the tensor", tensors, labels, base)
+    if metrics is not None:
+        check_weights(values, labels, group.name)
+        group = in_metric(group, metrics, values, floor)
+        if group.metric is not None and floor == 0 and any(t.requires_grad for t in tensors):
+            raise KarcherError("Gradients through a mean in a metric need a floor above 0.")
+    (merged,), mean = merge([group], values, settings)
     return merged, mean
 
 
@@ -162,6 +180,30 @@ def merge(
     job = _job(groups, weights, settings, watch)
     *merged, mean = _Merge.apply(job, *job.tensors())  # type: ignore[no-untyped-call]
     return merged, expanded(mean, positive(weights), len(weights))
+
+
+def in_metric(
+    group: Group,
+    metrics: Sequence[torch.Tensor | None],
+    weights: Sequence[float],
+    floor: float,
+    *,
+    whole: bool = False,
+) -> Group:
+    """A group whose mean is taken in the metric that its inputs share.
+
+    A flat one changes no mean, and is left out; whole: unless this is a part of larger vectors,
+    where it weighs that part against the others. One that is zero everywhere leaves it no weight
+    there; elsewhere it is told of, and left out.
+    """
+    shared = shared_metric(
+        group.tensors, metrics, weights, floor=floor, labels=group.labels, name=group.name
+    )
+    if shared.tensors or whole:
+        return group._replace(metric=shared)
+    if shared.constant == 0:
+        warn_of_zeros(group.name)
+    return group
 
 
 def measure(
@@ -224,7 +266,14 @@ def products_of(
     """
     with_base = with_base and group.base is not None
     found = Products(
-        *grams(group.tensors, base=group.base, with_base=with_base, by_row=by_row, exact=exact)
+        *grams(
+            group.tensors,
+            base=group.base,
+            with_base=with_base,
+            metric=group.metric,
+            by_row=by_row,
+            exact=exact,
+        )
     )
     finite = np.isfinite(np.diagonal(found.grams, axis1=1, axis2=2)).all(0)
     for index in np.flatnonzero(~finite).tolist():
@@ -371,7 +420,9 @@ class _Job:
         for start in range(0, rows, step):
             here = slice(start, min(start + step, rows))
             base = None if group.base is None else group.base[here]
-            yield here, group._replace(tensors=[t[here] for t in group.tensors], base=base)
+            metric = None if group.metric is None else group.metric.rows(here)
+            tensors = [t[here] for t in group.tensors]
+            yield here, group._replace(tensors=tensors, base=base, metric=metric)
 
     def mean(self) -> KarcherMean:
         """The mean, for all blocks together."""
@@ -408,8 +459,11 @@ class _Job:
         for here, block in self.blocks(group):
             products = self._products(block, by_row=self.by_row(group), exact=exact)
             means = _solved(products.first(count), self.weights, self.settings)
-            single = any(tensor.dtype == torch.float32 for tensor in block.tensors)
-            if single and not exact and np.any(means.angles > _WIDE_ANGLE):
+            # Products of 16-bit values are exact already, unless a metric scales them.
+            rounded = block.metric is not None or any(
+                tensor.dtype == torch.float32 for tensor in block.tensors
+            )
+            if rounded and not exact and np.any(means.angles > _WIDE_ANGLE):
                 products = self._products(block, by_row=self.by_row(group), exact=True)
                 means = _solved(products.first(count), self.weights, self.settings)
             if self.watch is not None:
@@ -468,7 +522,7 @@ class _Merge(torch.autograd.Function):
         job = ctx.job
         assert ctx.saved_tensors
         groups = [
-            _differences(group, gradient)
+            _with_upstream(group, gradient)
             for group, gradient in zip(job.groups, upstream[:-1], strict=True)
         ]
         if job.settings.granularity == "model":
@@ -482,7 +536,7 @@ class _Merge(torch.autograd.Function):
         among = np.concatenate(found)
         needed = iter(ctx.needs_input_grad[1:])
         gradients = [
-            combine(group.tensors, among[:, index] if by_row else among[0, index], tensor.dtype)
+            _gradient(group, among[:, index] if by_row else among[0, index], tensor.dtype)
             if next(needed)
             else None
             for group, own in zip(groups, job.groups, strict=True)
@@ -496,14 +550,27 @@ class _Merge(torch.autograd.Function):
                 rest[:, -1] += 1
                 rest = rest if job.by_row(own) else rest[0]
                 wanted = next(needed)
-                gradients.append(combine(group.tensors, rest, own.base.dtype) if wanted else None)
+                gradients.append(_gradient(group, rest, own.base.dtype) if wanted else None)
         return (None, *gradients)
 
 
-def _differences(group: Group, gradient: torch.Tensor) -> Group:
-    """The inputs as seen from the base, with the upstream gradient as one more."""
+def _with_upstream(group: Group, gradient: torch.Tensor) -> Group:
+    """The inputs as seen from the base, with the upstream gradient v as one more.
+
+    In a metric that is G^-1 v, whose inner products with the inputs are those of v without one.
+    """
     tensors = group.tensors
     if group.base is not None:
         tensors = [tensor.double() - group.base.double() for tensor in tensors]
+    if group.metric is not None:
+        gradient = gradient.double() / group.metric.dense(gradient)
     labels = [*group.labels, "the upstream gradient"]
-    return Group(group.name, [*tensors, gradient], labels)
+    return Group(group.name, [*tensors, gradient], labels, metric=group.metric)
+
+
+def _gradient(group: Group, coefficients: Floats, dtype: torch.dtype) -> torch.Tensor:
+    """What `pull_back` says of one input, from its coefficients over such a group."""
+    if group.metric is None:
+        return combine(group.tensors, coefficients, dtype)
+    found = combine(group.tensors, coefficients, torch.float64)
+    return found.mul_(group.metric.dense(found)).to(dtype)

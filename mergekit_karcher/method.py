@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.maths.mean import KarcherMean, Magnitude
+from mergekit_karcher.maths.mean import KarcherMean, Magnitude, Status
 from mergekit_karcher.merge import (
     MAX_ITER,
     TOL,
@@ -20,6 +22,7 @@ from mergekit_karcher.merge import (
     check_weights,
     chosen_of,
     combined,
+    in_metric,
     mean_of_products,
     measure,
     merge,
@@ -29,8 +32,11 @@ from mergekit_karcher.merge import (
     taking,
     total,
 )
+from mergekit_karcher.metric.checks import FLOOR, check_floor
 from mergekit_karcher.observe import observed
 from mergekit_karcher.summary import is_watched, label, observe, record, warn_of_16_bits
+
+_LOG = logging.getLogger(__name__)
 
 # The second is a name that only we have: a config that uses it never falls back to the built-in.
 NAMES = ("karcher", "karcher_mean")
@@ -70,7 +76,6 @@ def build_method(name: str) -> Any:
         MergeMethodSpec,
         ParameterScope,
         ParameterSpec,
-        PerInputValues,
         TensorGroup,
     )
     from mergekit.merge_methods.dtype import align_dtype
@@ -89,13 +94,17 @@ def build_method(name: str) -> Any:
                 check_stopping(result, TOL)
             elif parameter == "tol":
                 check_stopping(MAX_ITER, result)
+            elif parameter == "floor":
+                check_floor(result)
             return result
 
         return WrapValidator(validate)
 
-    def shared(parameter: str, kind: Any, words: str, default: Any) -> Any:
-        annotated = Annotated[kind, parsed(parameter, words)]
-        return ParameterSpec(parameter, annotated, ParameterScope.SHARED, default)
+    def of_scope(scope: Any, parameter: str, kind: Any, words: str, default: Any) -> Any:
+        return ParameterSpec(parameter, Annotated[kind, parsed(parameter, words)], scope, default)
+
+    of_a_model = functools.partial(of_scope, ParameterScope.INPUT)
+    shared = functools.partial(of_scope, ParameterScope.SHARED)
 
     class KarcherMerge(GroupMergeMethod):  # type: ignore[misc]
         """The exact weighted Karcher mean; see `mergekit_karcher.karcher_mean`."""
@@ -105,12 +114,8 @@ def build_method(name: str) -> Any:
             pretty_name=f"Karcher Mean (mergekit-karcher {__version__})",
             reference_url=REFERENCE_URL,
             parameters=(
-                ParameterSpec(
-                    "weight",
-                    Annotated[float, parsed("weight", "a number of 0 or more")],
-                    ParameterScope.INPUT,
-                    1.0,
-                ),
+                of_a_model("weight", float, "a number of 0 or more", 1.0),
+                of_a_model("metric", str, "a folder, a file, a Hub id, or identity", ""),
                 shared(
                     "granularity",
                     Literal["tensor", "row", "model"],
@@ -124,6 +129,7 @@ def build_method(name: str) -> Any:
                     "arithmetic, linear or geometric",
                     "arithmetic",
                 ),
+                shared("floor", float, "a fraction of 0 or more, such as 1e-6", FLOOR),
                 shared("max_iter", int, "a whole number of 1 or more", MAX_ITER),
                 shared("tol", float, "a positive number of radians", TOL),
             ),
@@ -134,13 +140,16 @@ def build_method(name: str) -> Any:
             group: TensorGroup,
             /,
             *,
-            weight: PerInputValues,
             mean: KarcherMean | None = None,
             **parameters: Any,
         ) -> torch.Tensor:
-            """One output tensor, with the mean that the whole model has if there is one."""
-            own, weights = self._inputs(group, weight, parameters["origin"])
+            """One output tensor, with the mean that the whole model has if there is one.
+
+            metrics: those of the inputs that the plan had loaded, by model.
+            """
+            own, weights = self._inputs(group, parameters)
             if mean is None:
+                own = self._in_metric(group, own, parameters)
                 watch = self._watch(group, own, weights)
                 (merged,), mean = merge([own], weights, settings_of(parameters), watch)
                 record(own, chosen_of(mean, positive(weights)))
@@ -149,20 +158,18 @@ def build_method(name: str) -> Any:
                 record(own, mean)
             return merged
 
-        def measure(
-            self, group: TensorGroup, /, *, weight: PerInputValues, **parameters: Any
-        ) -> None:
+        def measure(self, group: TensorGroup, /, **parameters: Any) -> None:
             """The mean of one tensor, recorded like that of a merge, without an output."""
-            own, weights = self._inputs(group, weight, parameters["origin"])
+            own, weights = self._inputs(group, parameters)
+            own = self._in_metric(group, own, parameters)
             watch = self._watch(group, own, weights)
             mean = measure(own, weights, settings_of(parameters), watch)
             record(own, chosen_of(mean, positive(weights)))
 
-        def products(
-            self, group: TensorGroup, /, *, weight: PerInputValues, **parameters: Any
-        ) -> Products:
+        def products(self, group: TensorGroup, /, **parameters: Any) -> Products:
             """One tensor's part of the whole model's Gram matrix, of inputs that have a weight."""
-            own, weights = self._inputs(group, weight, parameters["origin"])
+            own, weights = self._inputs(group, parameters)
+            own = self._in_metric(group, own, parameters)
             watch = self._watch(group, own, weights)
             own = taking(own, positive(weights))
             exact = needs_exact(own.tensors)
@@ -175,31 +182,58 @@ def build_method(name: str) -> Any:
             self, parts: Sequence[Products], weights: Sequence[float], **parameters: Any
         ) -> KarcherMean:
             """The whole model's mean, from its parts; weights are those that are not zero."""
-            return mean_of_products(total(parts), weights, settings_of(parameters))
+            mean = mean_of_products(total(parts), weights, settings_of(parameters))
+            if mean.status is Status.ZERO:
+                _LOG.warning("The whole model: %s.", mean.status.value)
+            return mean
 
         def _inputs(
-            self, group: TensorGroup, weight: PerInputValues, origin: str
+            self, group: TensorGroup, parameters: Mapping[str, Any]
         ) -> tuple[Group, list[float]]:
             tensor_name = group.metadata.name or "the tensor"
-            around_base = origin == "base"
+            around_base = parameters["origin"] == "base"
             if around_base and group.base is None:
                 raise no_base(tensor_name)
-            entries = group.non_base if around_base else group.entries
+            entries = self._entries(group, around_base)
             tensors = [entry.tensor for entry in entries]
             labels = [label(tensor_name, str(entry.id)) for entry in entries]
-            weights = weight.values_for(entries)
+            weights = parameters["weight"].values_for(entries)
             check_weights(weights, labels, tensor_name)
             base = group.base.tensor if around_base else None
             if base is not None:
                 warn_of_16_bits(tensor_name, {str(t.dtype) for t in (*tensors, base)})
             return Group(tensor_name, tensors, labels, base), weights
 
+        def _in_metric(
+            self, group: TensorGroup, own: Group, parameters: Mapping[str, Any]
+        ) -> Group:
+            entries = self._entries(group, own.base is not None)
+            if not any(parameters["metric"].values_for(entries)):
+                return own
+            metrics = parameters.get("metrics")
+            if metrics is None:
+                raise KarcherError(
+                    f"merge_method: {name} reads its metrics in mergekit's commands; in Python "
+                    "call mergekit_karcher.karcher_mean with tensors and metrics."
+                )
+            found = [metrics.get(entry.id) for entry in entries]
+            device = own.tensors[0].device
+            return in_metric(
+                own,
+                [None if metric is None else metric.to(device) for metric in found],
+                parameters["weight"].values_for(entries),
+                parameters["floor"],
+                whole=parameters["granularity"] == "model",
+            )
+
+        def _entries(self, group: TensorGroup, around_base: bool) -> Any:
+            return group.non_base if around_base else group.entries
+
         def _watch(self, group: TensorGroup, own: Group, weights: Sequence[float]) -> Watch | None:
             """What tells the report on the merge under way, if there is to be one."""
             if not is_watched(own.name):
                 return None
-            around_base = own.base is not None
-            entries = group.non_base if around_base else group.entries
+            entries = self._entries(group, own.base is not None)
             chosen = positive(weights)
             names = [str(entries[index].id) for index in chosen]
             base = str(group.base.id) if group.base is not None else None
@@ -228,10 +262,12 @@ def build_method(name: str) -> Any:
                 return results
             check_uniform(parameters)
             owns = [
-                self._inputs(align_dtype(group, dtype), own["weight"], own["origin"])
+                self._inputs(align_dtype(group, dtype), own)
                 for group, dtype, own in zip(groups, input_dtypes, parameters, strict=True)
             ]
             weights = owns[0][1]
+            for group, (own, _), given in zip(groups, owns, parameters, strict=True):
+                self._in_metric(group, own, given)  # refuses
             merged, mean = merge([own for own, _ in owns], weights, settings_of(parameters[0]))
             for own, _ in owns:
                 record(own, mean)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mergekit_karcher.kernels.chords import squared_chord
+from mergekit_karcher.kernels.metrics import SharedMetric
 from mergekit_karcher.maths.geometry import Floats
 from mergekit_karcher.maths.spheres import (
     Sphere,
@@ -112,7 +113,7 @@ def observed(
         longer = np.maximum(lengths[:, None], lengths)
         scale = (longer / length) ** 2 if length > 0 else np.zeros(longer.shape)
     index = names.index(base) if base in names else None
-    zero = _refined(zero, tensors, _CLOSE * scale)
+    zero = _refined(zero, tensors, group.metric, _CLOSE * scale)
     return Observation(
         group.name,
         tuple(tensors[0].shape),
@@ -126,12 +127,17 @@ def observed(
     )
 
 
-def _refined(sphere: Sphere, tensors: Sequence[torch.Tensor], close: Floats) -> Sphere:
+def _refined(
+    sphere: Sphere,
+    tensors: Sequence[torch.Tensor],
+    metric: SharedMetric | None,
+    close: Floats,
+) -> Sphere:
     """With the chords that are too short for inner products taken from the tensors themselves."""
     chords = sphere.chords.copy()
     for i, j in np.argwhere(np.tril(chords < close, -1)):
         norms = (float(sphere.norms[i]), float(sphere.norms[j]))
-        chords[i, j] = chords[j, i] = squared_chord(tensors[i], tensors[j], norms)
+        chords[i, j] = chords[j, i] = squared_chord(tensors[i], tensors[j], norms, metric)
     return Sphere(sphere.norms, chords)
 
 

@@ -13,15 +13,16 @@ from typing import Any
 import click
 
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.graph import found_by, loads_of
 from mergekit_karcher.merge import check_weights
 from mergekit_karcher.method import NAMES, check_uniform, no_base
 from mergekit_karcher.metric.method import NAME as FISHER
-from mergekit_karcher.metric.plan import with_metrics
+from mergekit_karcher.metric.plan import has_metric, with_metrics
 from mergekit_karcher.report.files import make_folder
 from mergekit_karcher.report.planned import planned_of
 from mergekit_karcher.report.task import with_report
 from mergekit_karcher.summary import Stage, begin, label
-from mergekit_karcher.whole_model import found_by, loads_of, with_one_mean
+from mergekit_karcher.whole_model import with_one_mean
 
 _LOG = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ def _looked_at(tasks: Any, config: Any, out_path: str) -> Any:
         _say_what_the_base_does(merges)
     if any(task.parameters["granularity"] == "model" for task in merges):
         tasks = with_one_mean(tasks, merges)
+    else:
+        tasks = with_metrics(tasks, merges)
     if folder is not None:
         make_folder(folder)
         tasks = with_report(tasks, planned_of(config, merges, config.merge_method), stage, folder)
@@ -144,6 +147,7 @@ def looked_at(tasks: Any, title: str, *, watched: bool) -> tuple[list[Any], Stag
         _check_presence(task, models)
     if any(task.parameters["granularity"] == "model" for task in merges):
         check_uniform([{"weight": _weights(task), **task.parameters} for task in merges])
+        _check_metrics(merges)
     return merges, stage
 
 
@@ -181,6 +185,16 @@ def _check_presence(task: Any, models: Sequence[Any]) -> None:
                 "model: leave that model out, give it the tensor, or take granularity: tensor, "
                 "which merges it from those that have it."
             )
+
+
+def _check_metrics(merges: Sequence[Any]) -> None:
+    """Raise if some tensors of one vector are to have a metric and others not."""
+    without = [task.output_weight.name for task in merges if not has_metric(task)]
+    if without and len(without) < len(merges):
+        raise KarcherError(
+            "granularity: model takes the whole model as one vector, but some tensors have a "
+            f"metric and {without[0]} has none: give every model a metric for every tensor."
+        )
 
 
 def _say_what_the_base_does(merges: Iterable[Any]) -> None:

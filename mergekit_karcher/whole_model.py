@@ -8,12 +8,14 @@ The second loads are other tasks than the first, and come after the mean: as the
 earlier, mergekit's executor would hold all tensors of all models in between.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+from mergekit_karcher.graph import only_tied, with_merges_replaced
 from mergekit_karcher.maths.mean import KarcherMean
+from mergekit_karcher.metric.plan import Loads, asked_of, metric_loads, metrics_of
 
 
 @cache
@@ -34,9 +36,10 @@ def _task_types() -> SimpleNamespace:
         """The Gram matrix of one merge task's inputs; None for a buffer of whole numbers."""
 
         merge_task: Task
+        loads: Loads
 
         def arguments(self) -> dict[str, Any]:
-            return {"tensors": self.merge_task.gather_tensors}
+            return {"tensors": self.merge_task.gather_tensors, **asked_of(self.loads)}
 
         def group_label(self) -> Any:
             return self.merge_task.group_label()
@@ -44,7 +47,7 @@ def _task_types() -> SimpleNamespace:
         def uses_accelerator(self) -> bool:
             return True
 
-        def execute(self, tensors: dict[Any, Any], **_: Any) -> Any:
+        def execute(self, tensors: dict[Any, Any], **loaded: Any) -> Any:
             task = self.merge_task
             entries = tuple(
                 TensorEntry(model, tensor, is_base=model == task.base_model)
@@ -55,12 +58,13 @@ def _task_types() -> SimpleNamespace:
                 return None
             group = TensorGroup(entries, TensorMetadata.from_weight_info(task.output_weight))
             group.validate_tensors()
-            weight = [(e.id, task.input_parameters[e.id]["weight"]) for e in entries]
-            return self.result(
-                merge_methods.get(task.method_name),
-                group,
-                {**dict(task.parameters.items()), "weight": PerInputValues(weight)},
-            )
+            own: dict[str, Any] = {
+                name: PerInputValues([(e.id, task.input_parameters[e.id][name]) for e in entries])
+                for name in ("weight", "metric")
+            }
+            own["metrics"] = metrics_of(task, loaded)
+            parameters = {**dict(task.parameters.items()), **own}
+            return self.result(merge_methods.get(task.method_name), group, parameters)
 
         def result(self, method: Any, group: TensorGroup, parameters: dict[str, Any]) -> Any:
             return method.products(group, **parameters)
@@ -156,13 +160,16 @@ def means_only(merges: Sequence[Any]) -> list[Any]:
     types = _task_types()
     if any(task.parameters["granularity"] == "model" for task in merges):
         return [_mean_of(merges)]
-    return [types.TensorMean(merge_task=task) for task in merges]
+    return [types.TensorMean(merge_task=task, loads=metric_loads(task)) for task in merges]
 
 
 def _mean_of(merges: Sequence[Any]) -> Any:
     types = _task_types()
-    counted = [task for task in merges if not only_tied(task)]
-    parts = tuple(types.TensorProducts(merge_task=task) for task in counted)
+    parts = tuple(
+        types.TensorProducts(merge_task=task, loads=metric_loads(task))
+        for task in merges
+        if not only_tied(task)
+    )
     return types.ModelMean(parts=parts)
 
 
@@ -177,54 +184,3 @@ def with_one_mean(tasks: Sequence[Any], merges: Sequence[Any]) -> list[Any]:
         tasks,
         {id(task): types.CombineWithMean(merge_task=task, mean=mean) for task in merges},
     )
-
-
-def with_merges_replaced(tasks: Sequence[Any], new: Mapping[int, Any]) -> list[Any]:
-    """A plan with other tasks in the place of its merge tasks, by the id of what they replace."""
-    changed = {
-        id(task): task.model_copy(update={"tensor_task": new[id(task.tensor_task)]})
-        for task in tasks
-        if id(getattr(task, "tensor_task", None)) in new
-    }
-    result = []
-    for task in tasks:
-        if hasattr(task, "tensor_save_tasks"):
-            saves = tuple(changed.get(id(save), save) for save in task.tensor_save_tasks)
-            result.append(task.model_copy(update={"tensor_save_tasks": saves}))
-        else:
-            result.append(changed.get(id(task), task))
-    return result
-
-
-def loads_of(task: Any) -> Iterator[tuple[Any, Any]]:
-    """The tasks that load the inputs of a merge task, with their models."""
-    gather = task.gather_tensors
-    while hasattr(gather, "gather_tensors"):
-        gather = gather.gather_tensors
-    if hasattr(gather, "tensors"):  # of mergekit-pytorch
-        yield from gather.tensors.items()
-    else:
-        yield from ((load.model, load) for load in gather.arguments().values())
-
-
-def found_by(load: Any) -> bool:
-    """Whether a checkpoint has what a load task is to find, or must have it."""
-    if hasattr(load, "tensor_name"):  # of mergekit-pytorch
-        from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
-
-        return load.tensor_name in SimpleLoaderCache().get(load.model).index.tensor_paths
-    return not load.optional or _place(load) is not None
-
-
-def _place(load: Any) -> str | None:
-    """The name under which a checkpoint has a tensor."""
-    from mergekit.io.tasks import LoaderCache
-
-    name: str | None = load._resolve_name(LoaderCache().get(load.model))
-    return name
-
-
-def only_tied(task: Any) -> bool:
-    """Whether every model has this tensor only as another one that it is tied to."""
-    tied = [(load, getattr(load, "tied_names", None) or ()) for _, load in loads_of(task)]
-    return all(names and _place(load) in names for load, names in tied)

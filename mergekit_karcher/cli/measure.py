@@ -92,7 +92,10 @@ def _as_ours(task: Any) -> Any:
     counted = [w for m, w in weights.items() if not (around_base and m == merge.base_model)]
     if not any(counted):
         weights = dict.fromkeys(weights, 1.0)
-    inputs = {model: ImmutableMap(data={"weight": weight}) for model, weight in weights.items()}
+    inputs = {
+        model: ImmutableMap(data={"weight": weight, "metric": ""})
+        for model, weight in weights.items()
+    }
     changed = {
         "parameters": ImmutableMap(data=parameters),
         "input_parameters": ImmutableMap(data=inputs),

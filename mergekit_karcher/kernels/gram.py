@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from mergekit_karcher.kernels.chunks import Piece, rows_of, walk, working_device
+from mergekit_karcher.kernels.metrics import SharedMetric
 from mergekit_karcher.kernels.workers import in_stripes, worker_count
 
 # float64 elements that a thread holds, of all N tensors together. Measured on 2 cores from 2^16
@@ -36,6 +37,7 @@ def grams(
     *,
     base: torch.Tensor | None = None,
     with_base: bool = False,
+    metric: SharedMetric | None = None,
     by_row: bool = False,
     exact: bool = False,
 ) -> tuple[NDArray[np.longdouble], NDArray[np.int64]]:
@@ -45,9 +47,11 @@ def grams(
     <W_ri, W_rj> = G_rij 2^(e_ri + e_rj): one matrix (R = 1) of the whole tensors, or with by_row
     one of each index of the first axis. With a base of the same shape and device, W_i is tensor i
     minus the base, rounded to float64 and subtracted a chunk at a time; with_base adds the base
-    itself as one more vector, the last.
+    itself as one more vector, the last. With a metric the inner product is
+    <x, y>_G = sum_e G_e x_e y_e: chunks are scaled by sqrt(G), in float64.
 
-    Products of float16, bfloat16 and float32 values are exact in float64, so only their sum rounds:
+    Products of float16, bfloat16 and float32 values are exact in float64 without a metric, so only
+    their sum rounds:
     to a few units of float64 for float32, to less for 16-bit values, which leave spare bits. With
     exact, wide values are split into a leading part, whose products sum exactly, and a small rest:
     for about twice the time G is then better than float64, for any inputs. float64 inputs are
@@ -64,12 +68,15 @@ def grams(
         return np.zeros((rows, count, count), np.longdouble), np.zeros((rows, count), np.int64)
     device = working_device(tensors[0].device)
     dtypes = {tensor.dtype for tensor in everything}
-    # Differences have more bits than what they are of.
-    split = exact and (base is not None or bool(dtypes & {torch.float32, torch.float64}))
-    room = CHUNK_ELEMENTS // (held * (1 + split))
+    # Differences and roots of a metric have more bits than what they are of.
+    wide = base is not None or metric is not None or bool(dtypes & {torch.float32, torch.float64})
+    split = exact and wide
+    room = CHUNK_ELEMENTS // (held * (1 + split) + (metric is not None))
     summed = min(_SUM_ELEMENTS, size, max(1, room))
     limit = min(max(1, room // summed), math.ceil(size / summed)) * summed
-    views, pieces = walk(everything, limit, by_row=by_row)
+    metrics = () if metric is None else metric.tensors
+    views, pieces = walk([*everything, *metrics], limit, by_row=by_row)
+    views, metric_views = views[:held], views[held:]
     # Rows are padded to whole sums, by less than one element a sum.
     padded = limit + (limit // summed + 1 if by_row else 0)
 
@@ -83,6 +90,7 @@ def grams(
     scales = torch.ldexp(torch.ones_like(exponents), -exponents)
     workers = worker_count(device, len(pieces))
     buffers = torch.empty(workers, 1 + split, held * padded, dtype=torch.float64, device=device)
+    roots = buffers.new_empty(workers, 0 if metric is None else padded)
     sums = torch.zeros(workers, 2, rows, count, count, dtype=torch.float64, device=device)
 
     def add_up(worker: int, pieces: Sequence[Piece]) -> None:
@@ -107,6 +115,10 @@ def grams(
             x, h = x[:count], h[:count]
             if scaled:
                 x.mul_(scales[here].T[:, :, None])
+            if metric is not None:
+                root = roots[worker, : height * width].view(parts[0].shape)
+                metric.roots([piece.of(view) for view in metric_views], root)
+                x[:, :, :width].mul_(root.view(height, width))
             if split:
                 # Adding and taking away a large number rounds to a grid.
                 peak = torch.abs(x, out=h).amax(2, keepdim=True)
@@ -127,7 +139,8 @@ def grams(
     host = flat[: sums.numel()].reshape(sums.shape)
     lower = np.tril(host.astype(np.longdouble).sum((0, 1)))
     symmetric = lower + np.tril(lower, -1).transpose(0, 2, 1)
-    return symmetric, flat[sums.numel() :].reshape(rows, count).astype(np.int64)
+    powers = flat[sums.numel() :].reshape(rows, count).astype(np.int64)
+    return symmetric, powers if metric is None else powers + metric.exponent
 
 
 def _lower_products(left: torch.Tensor, right: torch.Tensor, times: int) -> torch.Tensor:

@@ -13,26 +13,6 @@ from mergekit_karcher.kernels.workers import in_stripes, worker_count
 CHUNK_ELEMENTS = 1 << 16
 
 
-def metric_sums(metric: torch.Tensor) -> tuple[float, float]:
-    """The sum of all entries, and the least of them, in float64; NaN if any is not a number.
-
-    Scratch: for each thread CHUNK_ELEMENTS float64 values. One transfer to the host.
-    """
-    device = working_device(metric.device)
-    (view,), pieces = walk([metric], CHUNK_ELEMENTS)
-    found = torch.zeros(worker_count(device, len(pieces)), 2, dtype=torch.float64, device=device)
-
-    def add_up(worker: int, pieces: Sequence[Piece]) -> None:
-        for piece in pieces:
-            part = piece.of(view).to(device, torch.float64)
-            found[worker, 0] += part.sum()
-            found[worker, 1] = torch.minimum(found[worker, 1], part.min())
-
-    in_stripes(add_up, pieces, device, metric.numel())
-    total, least = found[:, 0].sum(), found[:, 1].min()
-    return float(total), float(least)
-
-
 def precision_mean(
     tensors: Sequence[torch.Tensor],
     metrics: Sequence[torch.Tensor | None],

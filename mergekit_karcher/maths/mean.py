@@ -53,7 +53,7 @@ class Status(enum.Enum):
         "the inputs do not lie in one open hemisphere, which a mean needs to be certainly unique; "
         "the weighted linear mean, unrescaled, was returned; leave an input out to change that"
     )
-    ZERO = "all inputs with a weight are zero, and so is their mean"
+    ZERO = "no input with a weight has any length; the weighted linear mean was returned"
 
 
 # The worst one of many rows comes first.
@@ -72,7 +72,7 @@ class Magnitude(enum.Enum):
 class Means:
     """The means on R spheres of N inputs each, W = sum_i coefficients_i W_i.
 
-    coefficients: (R, N) float64; zero for an input without direction.
+    coefficients: (R, N) float64; zero for an input without direction, unless none has one.
     angles: (R, N) float64, radians from each input to the mean; NaN where either has no direction.
         Computed from a Gram matrix: below 1e-7 rad only the order of magnitude is meaningful.
     iterations: (R,) steps taken, over the start that won.
@@ -94,7 +94,8 @@ class KarcherMean:
     """The mean W = base + sum_i coefficients_i (W_i - base) of N inputs, and what is known of it.
 
     coefficients: (N,) float64, or with granularity row (R, N), one set for each row; zero for an
-        input without weight or without direction. Without a base, W = sum_i coefficients_i W_i.
+        input without weight, or without direction unless none has one. Without a base,
+        W = sum_i coefficients_i W_i.
     angles: (N,) float64, radians from each input to the result, as seen from the origin, the
         largest of the rows; NaN where either has no direction or the input has no weight. Computed
         from a Gram matrix: below 1e-7 rad only the order of magnitude is meaningful.
@@ -204,6 +205,8 @@ def means_of_grams(
         np.ones(rows, bool),
         np.full(rows, Status.CONVERGED, dtype=object),
     )
+    # Zeros in a metric may hold values that the metric does not see.
+    means.coefficients[~live] = shares
     means.statuses[~live] = Status.ZERO
     index = np.flatnonzero(live)
     if index.size == 0:

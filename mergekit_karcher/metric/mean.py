@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from functools import reduce
@@ -10,11 +9,8 @@ from functools import reduce
 import torch
 
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.kernels.precision import metric_sums, precision_mean
-
-_LOG = logging.getLogger(__name__)
-
-FLOOR = 1e-6
+from mergekit_karcher.kernels.precision import precision_mean
+from mergekit_karcher.metric.checks import FLOOR, check_floor, checked_total, warn_of_zeros
 
 
 def fisher_mean(
@@ -50,8 +46,7 @@ def fisher_mean(
     shares = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(metrics) != count or len(shares) != count:
         raise KarcherError(f"{name} needs one metric and one weight for each of {count} tensors.")
-    if not 0 <= floor < math.inf:
-        raise KarcherError(f"floor is {floor}: give a finite fraction of 0 or more.")
+    check_floor(floor)
     if not all(0 <= share < math.inf for share in shares) or not any(shares):
         raise KarcherError(
             f"The weights for {name} are {shares}: give finite numbers of 0 or more, not all 0."
@@ -64,16 +59,14 @@ def fisher_mean(
         _check_tensor(tensors[index], tensors[chosen[0]], labels[index], name)
         if metric is None:
             continue
-        total = _checked_total(metric, tensors[index], labels[index], name)
+        total = checked_total(metric, tensors[index], labels[index], name)
         floors[index] = floor * total / max(1, metric.numel())
         if total == 0:
             empty.append(index)
     used = [index for index in chosen if index not in empty]
     own = list(metrics)
     if not used:
-        _LOG.warning(
-            "The metrics of %s are zero in every model: it is merged by its weights alone.", name
-        )
+        warn_of_zeros(name)
         used, own = chosen, [None] * count
     dtype = reduce(torch.promote_types, (tensors[index].dtype for index in chosen))
     if len(used) == 1:
@@ -98,27 +91,3 @@ def _check_tensor(tensor: torch.Tensor, first: torch.Tensor, label: str, name: s
             f"{name} of {label} has values that are not finite: repair or leave out that model, or "
             "give it a weight of 0."
         )
-
-
-def _checked_total(metric: torch.Tensor, tensor: torch.Tensor, label: str, name: str) -> float:
-    if metric.shape != tensor.shape:
-        raise KarcherError(
-            f"The metric of {name} for {label} has shape {tuple(metric.shape)}, but the tensor has "
-            f"{tuple(tensor.shape)}: make it anew from that model."
-        )
-    if not metric.is_floating_point():
-        raise KarcherError(
-            f"The metric of {name} for {label} is {metric.dtype}: give floating-point numbers."
-        )
-    total, least = metric_sums(metric)
-    if not math.isfinite(total) or math.isnan(least):
-        raise KarcherError(
-            f"The metric of {name} for {label} is not finite everywhere: make it anew, or give "
-            "that model metric: identity."
-        )
-    if least < 0:
-        raise KarcherError(
-            f"The metric of {name} for {label} is negative ({least:.3g}) somewhere, which no "
-            "precision can be: make it anew, or give that model metric: identity."
-        )
-    return total

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.metric.mean import FLOOR, fisher_mean
+from mergekit_karcher.metric.checks import FLOOR
+from mergekit_karcher.metric.mean import fisher_mean
 
 NAME = "fisher"
 IDENTITY = "identity"

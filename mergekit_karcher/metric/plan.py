@@ -1,15 +1,18 @@
 """Metrics in mergekit's graph: one more load beside that of each input."""
 
 # mergekit's tasks are pydantic models, which read annotations: they must be real ones here.
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.metric.method import IDENTITY, METRICS
-from mergekit_karcher.whole_model import loads_of, with_merges_replaced
+from mergekit_karcher.graph import loads_of, with_merges_replaced
+from mergekit_karcher.metric.method import IDENTITY, METRICS, NAME
+
+# For each model that has a metric of a tensor, its name and the task that loads it.
+Loads = tuple[tuple[str, Any], ...]
 
 _loaders: dict[str, Any] = {}
 
@@ -43,11 +46,10 @@ def _task_types() -> SimpleNamespace:
         """One output tensor of a merge task, with the metrics of its inputs."""
 
         merge_task: Task
-        loads: tuple[tuple[str, LoadMetric], ...]  # by model
+        loads: Loads
 
         def arguments(self) -> dict[str, Any]:
-            loads = {f"metric {model}": load for model, load in self.loads}
-            return {"tensors": self.merge_task.gather_tensors, **loads}
+            return {"tensors": self.merge_task.gather_tensors, **asked_of(self.loads)}
 
         def group_label(self) -> Any:
             return self.merge_task.group_label()
@@ -56,10 +58,7 @@ def _task_types() -> SimpleNamespace:
             return True
 
         def execute(self, tensors: dict[Any, Any], **loaded: Any) -> Any:
-            by_name = {str(model): model for model in self.merge_task.model_order}
-            metrics = {
-                by_name[key.removeprefix("metric ")]: tensor for key, tensor in loaded.items()
-            }
+            metrics = metrics_of(self.merge_task, loaded)
             known = {**dict(self.merge_task.parameters.items()), METRICS: metrics}
             changed = {"parameters": ImmutableMap(data=known)}
             return self.merge_task.model_copy(update=changed).execute(tensors=tensors)
@@ -68,31 +67,37 @@ def _task_types() -> SimpleNamespace:
 
 
 def with_metrics(tasks: Sequence[Any], merges: Sequence[Any]) -> list[Any]:
-    """A plan whose merge tasks of `fisher` load their metrics; they are opened here."""
+    """A plan whose merge tasks load the metrics that they are to have; they are opened here."""
     types = _task_types()
     return with_merges_replaced(
         tasks,
         {
-            id(merge): types.MergeWithMetrics(merge_task=merge, loads=tuple(_loads(merge)))
+            id(merge): types.MergeWithMetrics(merge_task=merge, loads=metric_loads(merge))
             for merge in merges
+            if has_metric(merge)
         },
     )
 
 
-def _loads(merge: Any) -> list[tuple[str, Any]]:
+def has_metric(merge: Any) -> bool:
+    """Whether a merge task is to weigh parameters: by what any of its inputs says."""
+    return bool(merge.method_name == NAME or any(metric for _, _, metric in _asked(merge)))
+
+
+def metric_loads(merge: Any) -> Loads:
+    """The tasks that load the metrics of a merge task's inputs; raises unless all are there."""
+    if not has_metric(merge):
+        return ()
     name = merge.output_weight.name
     permuted = hasattr(merge.gather_tensors, "gather_tensors")
     found = []
-    for model, load in loads_of(merge):
-        own = merge.input_parameters[model]
-        metric = own["metric"]
-        apart = merge.parameters["origin"] == "base" and model == merge.base_model
-        if metric == IDENTITY or own["weight"] == 0 or apart:
+    for model, load, metric in _asked(merge):
+        if metric == IDENTITY:
             continue
         if not metric:
             raise KarcherError(
-                f"merge_method: fisher needs a metric for {model}: give the folder or file of one "
-                "under its parameters, or metric: identity."
+                f"{name} needs a metric for {model}: give the folder or file of one under its "
+                "parameters, or metric: identity."
             )
         if permuted:
             raise KarcherError(
@@ -100,12 +105,12 @@ def _loads(merge: Any) -> list[tuple[str, Any]]:
                 f"follow: give every model metric: identity for it by a filter, or leave that "
                 "setting out."
             )
-        index = _opened(metric, str(model)).index
         names = [
             getattr(load, "tensor", None) or load.tensor_name,
             *(getattr(load, "aliases", None) or ()),
             *(getattr(load, "tied_names", None) or ()),
         ]
+        index = _opened(metric, str(model)).index
         there = next((own_name for own_name in names if own_name in index.tensor_paths), None)
         if there is None:
             raise KarcherError(
@@ -116,7 +121,27 @@ def _loads(merge: Any) -> list[tuple[str, Any]]:
             metric=metric, tensor=there, label=merge.group_label()
         )
         found.append((str(model), load_metric))
-    return found
+    return tuple(found)
+
+
+def _asked(merge: Any) -> Iterator[tuple[Any, Any, str]]:
+    """The inputs that count, what loads each of them, and the metric that it is to have."""
+    for model, load in loads_of(merge):
+        own = merge.input_parameters[model]
+        apart = merge.parameters["origin"] == "base" and model == merge.base_model
+        if own["weight"] > 0 and not apart:
+            yield model, load, own["metric"]
+
+
+def asked_of(loads: Loads) -> dict[str, Any]:
+    """Those tasks as further arguments of one that merges."""
+    return {f"{METRICS} {model}": load for model, load in loads}
+
+
+def metrics_of(merge: Any, loaded: Mapping[str, Any]) -> dict[Any, Any]:
+    """What they have loaded, by the model of the merge task."""
+    models = {f"{METRICS} {model}": model for model in merge.model_order}
+    return {models[key]: tensor for key, tensor in loaded.items()}
 
 
 def _opened(metric: str, model: str) -> Any:

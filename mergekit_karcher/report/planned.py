@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mergekit_karcher.graph import only_tied
+from mergekit_karcher.metric.plan import has_metric
 from mergekit_karcher.observe import ROUNDOFF
 from mergekit_karcher.report.build import Planned
 from mergekit_karcher.report.names import is_local, short_names
 from mergekit_karcher.report.schema import Model, Settings
-from mergekit_karcher.whole_model import only_tied
 
 
 def planned_of(config: Any, merges: Sequence[Any], asked_for: str) -> Planned:
@@ -43,6 +44,7 @@ def planned_of(config: Any, merges: Sequence[Any], asked_for: str) -> Planned:
         magnitude=used("magnitude"),
         dtype=config.dtype,
         out_dtype=config.out_dtype,
+        in_metric=any(has_metric(task) for task in merges),
     )
     output = dtype_from_name(config.out_dtype or config.dtype)
     return Planned(

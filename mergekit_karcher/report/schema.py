@@ -50,6 +50,7 @@ class Settings(_Part):
     """The config, as far as it decides the geometry; a list where filters make it several.
 
     as_karcher: whether it asks for another method than ours, which sees what karcher would.
+    in_metric: whether angles and lengths are those of the metric that the models share.
     """
 
     merge_method: str
@@ -59,6 +60,7 @@ class Settings(_Part):
     magnitude: list[str]
     dtype: str | None
     out_dtype: str | None
+    in_metric: bool = False
 
 
 class Tensor(_Part):

@@ -37,6 +37,8 @@ def verdict_of(report: Report) -> str:
     if report.settings.as_karcher:
         method = report.settings.merge_method
         sentences.insert(0, f"The config asks for {method}; this is what karcher would see.")
+    if report.settings.in_metric:
+        sentences.insert(0, "Angles and lengths are those of the metric that the models share.")
     return " ".join(sentences)
 
 
