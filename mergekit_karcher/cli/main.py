@@ -22,6 +22,10 @@ _COMMANDS = {
         "mergekit_karcher.cli.doctor",
         "Say which karcher mergekit-yaml would run, and why.",
     ),
+    "fisher": (
+        "mergekit_karcher.cli.fisher",
+        "Make a metric: how sure a model is of each parameter.",
+    ),
     "repair": ("mergekit_karcher.cli.repair", "Liven up the hidden units of a merged network."),
     "report": ("mergekit_karcher.cli.report", "Show the geometry of a config's models."),
 }
@@ -60,7 +64,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, epilog="`mergekit-karcher COMMAND --help` has examples.")
 @click.version_option(__version__, prog_name="mergekit-karcher")
 def main() -> None:
-    """See the geometry of a merge, check the installation, and finish the model card.
+    """See the geometry of a merge, prepare its models, and finish its card.
 
     The merge itself is mergekit's: `merge_method: karcher` in the config of mergekit-yaml.
     """

@@ -1,0 +1,156 @@
+"""Examples for the Fisher information: from a file or a dataset to batches of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.metric.fisher import Batch
+
+_PLAIN = (".txt", ".md")
+_RECORDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+class Example(NamedTuple):
+    """Tokens, and for a classifier the class."""
+
+    ids: list[int]
+    label: int | None
+
+
+class Source(NamedTuple):
+    """Where examples come from.
+
+    data: a text, which is cut into windows of length tokens; a file of records (.jsonl, .json,
+        .csv, .parquet); or a dataset, a folder or of the Hub. subset, split: of that dataset.
+    text: the columns of a record that are its text, one or a pair; a conversation (a list of
+        messages) goes through the tokenizer's chat template. label: the column of its class.
+    length: tokens of an example at most. most: examples at most, drawn at random with seed.
+    """
+
+    data: str
+    subset: str | None
+    split: str
+    text: Sequence[str]
+    label: str
+    length: int
+    most: int
+    seed: int
+
+
+def read_examples(
+    source: Source, tokenizer: Any, classes: Mapping[str, int] | None
+) -> list[Example]:
+    """The examples of a source, the shortest first.
+
+    classes: of a classifier, by name; None for a language model. Raises `KarcherError` for what
+    cannot be read.
+    """
+    path = Path(source.data)
+    if path.suffix in _PLAIN and path.is_file():
+        if classes is not None:
+            raise KarcherError(
+                f"{path} is a plain text, which has no classes: give records (.jsonl, .csv, "
+                f".parquet) with the columns {', '.join(source.text)} and {source.label}."
+            )
+        examples = _windows(source, tokenizer)
+    else:
+        examples = _records(source, tokenizer, classes)
+    if not examples:
+        raise KarcherError(f"{source.data} holds no example: each needs at least two tokens.")
+    return sorted(examples, key=lambda example: len(example.ids))
+
+
+def batches(examples: Sequence[Example], size: int) -> Iterator[Batch]:
+    """Sorted examples in batches of one length, so that none needs padding."""
+    start = 0
+    while start < len(examples):
+        length = len(examples[start].ids)
+        some = [own for own in examples[start : start + size] if len(own.ids) == length]
+        labels = [own.label for own in some if own.label is not None]
+        yield Batch(
+            torch.tensor([own.ids for own in some]), torch.tensor(labels) if labels else None
+        )
+        start += len(some)
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """What tells one list of examples from another."""
+    return hashlib.sha256(repr([tuple(example) for example in examples]).encode()).hexdigest()
+
+
+def _chosen(source: Source, total: int) -> list[int]:
+    order = np.random.default_rng(source.seed).permutation(total)
+    return sorted(order[: source.most].tolist())
+
+
+def _windows(source: Source, tokenizer: Any) -> list[Example]:
+    ids = tokenizer(Path(source.data).read_text(encoding="utf-8"), verbose=False).input_ids
+    length = min(source.length, len(ids))
+    if length < 2:
+        return []
+    starts = range(0, len(ids) - length + 1, length)
+    return [
+        Example(ids[starts[index] : starts[index] + length], None)
+        for index in _chosen(source, len(starts))
+    ]
+
+
+def _records(source: Source, tokenizer: Any, classes: Mapping[str, int] | None) -> list[Example]:
+    from datasets import load_dataset
+
+    kind = _RECORDS.get(Path(source.data).suffix) if Path(source.data).is_file() else None
+    try:
+        if kind is not None:
+            rows = load_dataset(kind, data_files=source.data, split="train")
+        else:
+            rows = load_dataset(source.data, source.subset, split=source.split)
+    except Exception as error:
+        raise KarcherError(
+            f"{source.data} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})"
+            ": give a text, a file of records (.jsonl, .json, .csv, .parquet), or a dataset."
+        ) from None
+    for column in [*source.text, *([] if classes is None else [source.label])]:
+        if column not in rows.column_names:
+            raise KarcherError(
+                f"{source.data} has no column {column}, but {', '.join(rows.column_names)}: name "
+                "the ones to take by --text and --label."
+            )
+    found = []
+    for row in rows.select(_chosen(source, len(rows))):
+        ids = _tokens([row[column] for column in source.text], tokenizer, source)
+        label = None if classes is None else _class(row[source.label], classes, source)
+        if len(ids) > 1:
+            found.append(Example(ids, label))
+    return found
+
+
+def _tokens(parts: Sequence[Any], tokenizer: Any, source: Source) -> list[int]:
+    if isinstance(parts[0], list):
+        text = tokenizer.apply_chat_template(parts[0], tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return list(ids[: source.length])
+    if not all(isinstance(part, str) for part in parts):
+        raise KarcherError(
+            f"A record of {source.data} has no text in {', '.join(source.text)}: leave such "
+            "records out."
+        )
+    return list(tokenizer(*parts, truncation=True, max_length=source.length).input_ids)
+
+
+def _class(value: Any, classes: Mapping[str, int], source: Source) -> int:
+    if isinstance(value, str):
+        value = classes.get(value, value)
+    if not isinstance(value, int) or not 0 <= value < len(classes):
+        known = ", ".join(list(classes)[:5])
+        raise KarcherError(
+            f"A record of {source.data} is of class {value!r} ({source.label}), but the model "
+            f"knows {len(classes)}: {known}; leave such records out, or name the column by --label."
+        )
+    return value
