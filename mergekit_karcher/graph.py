@@ -37,18 +37,30 @@ def loads_of(task: Any) -> Iterator[tuple[Any, Any]]:
 def found_by(load: Any) -> bool:
     """Whether a checkpoint has what a load task is to find, or must have it."""
     if hasattr(load, "tensor_name"):  # of mergekit-pytorch
-        from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
-
-        return load.tensor_name in SimpleLoaderCache().get(load.model).index.tensor_paths
+        return _place(load) in _loader(load).index.tensor_paths
     return not load.optional or _place(load) is not None
+
+
+def is_buffer(load: Any) -> bool:
+    """Whether a checkpoint has whole numbers there, which no method of ours merges; reads them."""
+    place = _place(load)
+    return place is not None and not _loader(load).get_tensor(place).is_floating_point()
 
 
 def _place(load: Any) -> str | None:
     """The name under which a checkpoint has a tensor."""
-    from mergekit.io.tasks import LoaderCache
-
-    name: str | None = load._resolve_name(LoaderCache().get(load.model))
+    if hasattr(load, "tensor_name"):
+        return str(load.tensor_name)
+    name: str | None = load._resolve_name(_loader(load))
     return name
+
+
+def _loader(load: Any) -> Any:
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
+
+    cache = SimpleLoaderCache if hasattr(load, "tensor_name") else LoaderCache
+    return cache().get(load.model)
 
 
 def only_tied(task: Any) -> bool:

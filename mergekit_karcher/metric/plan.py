@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.graph import loads_of, with_merges_replaced
+from mergekit_karcher.graph import found_by, is_buffer, loads_of, with_merges_replaced
 from mergekit_karcher.metric.method import IDENTITY, METRICS, NAME
 
 # For each model that has a metric of a tensor, its name and the task that loads it.
@@ -113,6 +113,8 @@ def metric_loads(merge: Any) -> Loads:
         index = _opened(metric, str(model)).index
         there = next((own_name for own_name in names if own_name in index.tensor_paths), None)
         if there is None:
+            if is_buffer(load):
+                continue
             raise KarcherError(
                 f"The metric {metric} of {model} has no {names[0]}: make it anew from that model, "
                 "or give metric: identity for it by a filter."
@@ -129,7 +131,7 @@ def _asked(merge: Any) -> Iterator[tuple[Any, Any, str]]:
     for model, load in loads_of(merge):
         own = merge.input_parameters[model]
         apart = merge.parameters["origin"] == "base" and model == merge.base_model
-        if own["weight"] > 0 and not apart:
+        if own["weight"] > 0 and not apart and found_by(load):
             yield model, load, own["metric"]
 
 
