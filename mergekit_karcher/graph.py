@@ -36,7 +36,7 @@ def loads_of(task: Any) -> Iterator[tuple[Any, Any]]:
 
 def found_by(load: Any) -> bool:
     """Whether a checkpoint has what a load task is to find, or must have it."""
-    if hasattr(load, "tensor_name"):  # of mergekit-pytorch
+    if _is_raw(load):
         return _place(load) in _loader(load).index.tensor_paths
     return not load.optional or _place(load) is not None
 
@@ -47,20 +47,25 @@ def is_buffer(load: Any) -> bool:
     return place is not None and not _loader(load).get_tensor(place).is_floating_point()
 
 
+def _is_raw(load: Any) -> bool:
+    """Whether it is a task of mergekit-pytorch."""
+    return hasattr(load, "tensor_name")
+
+
 def _place(load: Any) -> str | None:
     """The name under which a checkpoint has a tensor."""
-    if hasattr(load, "tensor_name"):
+    if _is_raw(load):
         return str(load.tensor_name)
     name: str | None = load._resolve_name(_loader(load))
     return name
 
 
 def _loader(load: Any) -> Any:
-    from mergekit.io.tasks import LoaderCache
-    from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache
-
-    cache = SimpleLoaderCache if hasattr(load, "tensor_name") else LoaderCache
-    return cache().get(load.model)
+    if _is_raw(load):
+        from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache as Cache
+    else:
+        from mergekit.io.tasks import LoaderCache as Cache
+    return Cache().get(load.model)
 
 
 def only_tied(task: Any) -> bool:

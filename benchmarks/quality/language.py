@@ -35,7 +35,7 @@ def problems(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator[Pr
         kind: torch.tensor(tokenizer(text.held_out).input_ids).unfold(0, context, context)
         for kind, text in texts.items()
     }
-    model = _model(sizes)
+    model = model_of(sizes)
     for seed in range(seeds):
         # The demo's train() takes the seed of its random windows from here.
         demo.SETTINGS["seed"] = seed
@@ -46,7 +46,7 @@ def problems(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator[Pr
             cache,
             "llama-base",
             base_settings,
-            partial(_train_base, seed, sizes, list(streams.values())),
+            partial(train_base, seed, sizes, list(streams.values())),
         )
         experts = [
             Expert(
@@ -61,47 +61,52 @@ def problems(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator[Pr
             for kind, stream in streams.items()
         ]
         case = {"seed": seed, "parameters": model.num_parameters(), "N": len(experts)}
-        judge = partial(_judge, model, windows)
-        yield Problem(section, case | {"expert_steps": sizes.expert_steps}, base, experts, judge)
+        case["expert_steps"] = sizes.expert_steps
+        yield Problem(section, case, base, experts, partial(judge, model, windows))
 
 
-def _model(sizes: Sizes) -> LlamaForCausalLM:
+def model_of(sizes: Sizes) -> LlamaForCausalLM:
+    """The demo's model, wider, with random weights."""
     shape = dict(demo.SETTINGS["llama"])
     shape["hidden_size"] *= sizes.width
     shape["intermediate_size"] *= sizes.width
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 
-def _train_base(seed: int, sizes: Sizes, streams: list[torch.Tensor]) -> State:
+def train_base(seed: int, sizes: Sizes, streams: list[torch.Tensor]) -> State:
+    """The base that experts come from."""
     torch.manual_seed(seed)
-    model = _model(sizes)
+    model = model_of(sizes)
     rate = demo.SETTINGS["base"]["learning_rate"]
     demo.train(model, streams, f"base {seed}", sizes.base_steps, rate)
-    return _state(model)
+    return state_of(model)
 
 
 def _train_expert(base: State, sizes: Sizes, kind: str, stream: torch.Tensor) -> State:
-    model = _model(sizes)
-    _load(model, base)
+    model = model_of(sizes)
+    load_state(model, base)
     rate = demo.SETTINGS["expert"]["learning_rate"]
     demo.train(model, [stream], kind, sizes.expert_steps, rate)
-    return _state(model)
+    return state_of(model)
 
 
-def _state(model: LlamaForCausalLM) -> State:
+def state_of(model: LlamaForCausalLM) -> State:
+    """A copy of its weights."""
     # The head is the embedding under a second name, and would count twice.
     return {k: v.clone() for k, v in model.state_dict().items() if k != "lm_head.weight"}
 
 
-def _load(model: LlamaForCausalLM, state: State) -> None:
+def load_state(model: LlamaForCausalLM, state: State) -> None:
+    """Give it weights."""
     model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
 
 
 @torch.inference_mode()
-def _judge(
+def judge(
     model: LlamaForCausalLM, windows: dict[str, torch.Tensor], state: State, task: str
 ) -> Metrics:
-    _load(model, state)
+    """Bits per byte on the held-out text of one kind."""
+    load_state(model, state)
     model.eval()
     loss = model(input_ids=windows[task], labels=windows[task]).loss.item()
     return {"bits per byte": loss / math.log(2)}

@@ -20,6 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 _SCHEMA = "mergekit-karcher/metric/1"
 _WRITING = "writing"
+_CONTIGUOUS = torch.contiguous_format
 
 
 def load_model(reference: str, *, empty: bool = False) -> nn.Module:
@@ -121,4 +122,8 @@ def _as_in_checkpoint(
             reference,
             unknown[0],
         )
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Safetensors wants each in a memory of its own; what was stacked comes back as views.
+    return {
+        name: tensor if tensor is metric.get(name) else tensor.clone(memory_format=_CONTIGUOUS)
+        for name, tensor in tensors.items()
+    }

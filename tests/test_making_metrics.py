@@ -1,0 +1,559 @@
+"""Metrics made from data, example by example, and from what Adam kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
+from conftest import llama, weights_of
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from mergekit_karcher import fisher_mean
+from mergekit_karcher.cli import fisher as command
+from mergekit_karcher.cli.main import main
+from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.metric.examples import Example, batches
+from mergekit_karcher.metric.fisher import Batch, DiagonalFisher
+from mergekit_karcher.metric.optimizer import adam_metric
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 63,
+}
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)),
+    "tied": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "mixture": lambda: MixtralForCausalLM(
+        MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)
+    ),
+    "llama classifier": lambda: LlamaForSequenceClassification(
+        LlamaConfig(**SMALL, num_labels=3, pad_token_id=0)
+    ),
+    "bert classifier": lambda: BertForSequenceClassification(BertConfig(**SMALL, num_labels=3)),
+}
+
+
+def made(kind, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = KINDS[kind]().to(dtype).eval()
+    model.set_attn_implementation("eager")
+    return model
+
+
+def examples(kind, count=6, length=9):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 63, (count, length), generator=generator)
+    labels = torch.randint(0, 3, (count,), generator=generator) if "classifier" in kind else None
+    return Batch(ids, labels)
+
+
+def by_a_plain_loop(model, batch, targets=None):
+    """The definition: the mean over examples of the squared gradient of each one's loss."""
+    squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for index, ids in enumerate(batch.ids):
+        logits = model(input_ids=ids[None]).logits[0]
+        if batch.labels is None:
+            loss = nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
+        else:
+            loss = nn.functional.cross_entropy(logits, batch.labels[index])
+        model.zero_grad()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                squares[name] += parameter.grad**2 / len(batch.ids)
+    return squares
+
+
+def fisher_of(model, batch, size):
+    found = DiagonalFisher(model)
+    for start in range(0, len(batch.ids), size):
+        labels = None if batch.labels is None else batch.labels[start : start + size]
+        found.add(Batch(batch.ids[start : start + size], labels))
+    return found.metric()
+
+
+# The experts of a mixture multiply in float32 at most.
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mixture"])
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_fisher_is_that_of_a_plain_loop_in_every_entry(kind, size):
+    model, batch = made(kind, torch.float64), examples(kind)
+    expected = by_a_plain_loop(model, batch)
+    found = fisher_of(model, batch, size)
+    assert found.keys() == expected.keys()
+    for name, own in found.items():
+        torch.testing.assert_close(own.double(), expected[name], rtol=1e-6, atol=1e-36)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_float32_every_parameter_is_right_to_five_digits(kind):
+    model, batch = made(kind), examples(kind)
+    reference = model if kind == "mixture" else copy.deepcopy(model).double()
+    exact = by_a_plain_loop(reference, batch)
+    largest = max(own.norm() for own in exact.values())
+    for name, own in fisher_of(model, batch, 4).items():
+        distance = (own.double() - exact[name]).norm()
+        # Adding to all keys changes no softmax: their bias has a gradient of zero, and here noise.
+        assert distance <= 1e-5 * exact[name].norm() + 1e-20 * largest, name
+
+
+class Softmax(nn.Module):
+    """A classifier of two tokens by a table: its true Fisher information is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.tensor([[0.3, -0.7, 1.2], [0.0, 0.4, -0.1]]).double())
+
+    def forward(self, input_ids):
+        logits = self.table[input_ids[0, 0]][None]
+        return type("Output", (), {"logits": logits})
+
+
+def test_the_true_fisher_draws_targets_from_the_model():
+    """For logits z, E g^2 = p (1 - p): the diagonal of diag(p) - p p'."""
+    model = Softmax()
+    count = 20000
+    batch = Batch(torch.tensor([[0, 0]]).expand(count, 2), torch.zeros(count, dtype=torch.int64))
+    found = DiagonalFisher(model)
+    found.add(batch, torch.Generator().manual_seed(3))
+    p = model.table.detach()[0].softmax(-1)
+    expected = p * (1 - p)
+    # The standard error of a mean of squares of a Bernoulli difference is below 1 / sqrt(count).
+    torch.testing.assert_close(
+        found.metric()["table"][0].double(), expected, rtol=0, atol=4 / math.sqrt(count)
+    )
+    empirical = DiagonalFisher(model)
+    empirical.add(batch)
+    one_hot = torch.tensor([1.0, 0, 0]).double()
+    torch.testing.assert_close(empirical.metric()["table"][0].double(), (p - one_hot) ** 2)
+
+
+def test_true_targets_of_a_language_model_come_from_each_position():
+    model, batch = made("llama"), examples("llama")
+    first, again, other = (DiagonalFisher(model) for _ in range(3))
+    for found, seed in ((first, 1), (again, 1), (other, 2)):
+        found.add(batch, torch.Generator().manual_seed(seed))
+    name = "lm_head.weight"
+    assert torch.equal(first.metric()[name], again.metric()[name])
+    assert not torch.equal(first.metric()[name], other.metric()[name])
+    empirical = fisher_of(model, batch, 6)[name]
+    assert 0.2 < first.metric()[name].mean() / empirical.mean() < 5
+
+
+class Choosy(Softmax):
+    """Decides by a value, which vmap cannot."""
+
+    def forward(self, input_ids):
+        sign = 1 if self.table.sum().item() + input_ids.sum().item() > 0 else -1
+        output = super().forward(input_ids)
+        output.logits = output.logits * sign
+        return output
+
+
+def test_a_model_that_cannot_be_batched_goes_one_by_one(caplog):
+    model = Choosy()
+    batch = Batch(torch.tensor([[0, 1], [1, 0], [1, 1]]), torch.tensor([0, 1, 2]))
+    found = fisher_of(model, batch, 3)
+    assert "one example after the other" in caplog.text
+    expected = by_a_plain_loop(model, batch)["table"]
+    torch.testing.assert_close(found["table"].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_batches_have_one_length_each_and_lose_nothing():
+    all_examples = [Example([1] * length, length) for length in (2, 2, 2, 3, 5, 5)]
+    found = list(batches(all_examples, 2))
+    assert [tuple(batch.ids.shape) for batch in found] == [(2, 2), (1, 2), (1, 3), (2, 5)]
+    assert [label for batch in found for label in batch.labels.tolist()] == [2, 2, 2, 3, 5, 5]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run our command in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(main, ["fisher", *map(str, arguments)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return invoke
+
+
+WORDS = " ".join(f"w{index * 7 % 60}" for index in range(400))
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model in shards, and a text."""
+    (tmp_path / "text.txt").write_text(WORDS)
+    return llama(tmp_path / "model", 0, dtype=torch.bfloat16)
+
+
+TEXT = ("--data", "text.txt", "--length", 16, "--quiet")
+
+
+def test_from_a_text_to_a_merge(run, model, tmp_path, merge):
+    other = llama(tmp_path / "other", 1, dtype=torch.bfloat16)
+    for name, path in (("first", model), ("second", other)):
+        result = run(path, *TEXT, "--out", name)
+        assert result.exit_code == 0, result.output
+    found = load_file(tmp_path / "first" / "model.safetensors")
+    assert found.keys() == weights_of(model).keys()
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    tokens = PreTrainedTokenizerFast.from_pretrained(model)(WORDS).input_ids
+    windows = torch.tensor(tokens[: len(tokens) // 16 * 16]).view(-1, 16)
+    expected = by_a_plain_loop(loaded, Batch(windows))
+    for name, own in found.items():
+        assert (own - expected[name]).norm() <= 1e-5 * expected[name].norm()
+    about = json.loads((tmp_path / "first" / "metric.json").read_text())
+    assert (about["examples"], about["tokens"]) == (len(windows), windows.numel())
+    assert about["kind"] == "diagonal empirical Fisher information"
+    config = {
+        "merge_method": "fisher",
+        "models": [
+            {"model": path, "parameters": {"metric": str(tmp_path / name)}}
+            for name, path in (("first", model), ("second", other))
+        ],
+        "dtype": "float32",
+    }
+    weights = merge(config).weights
+    name = "model.layers.1.mlp.up_proj.weight"
+    metrics = [load_file(tmp_path / n / "model.safetensors")[name] for n in ("first", "second")]
+    inputs = [weights_of(path)[name].float() for path in (model, other)]
+    assert torch.equal(weights[name], fisher_mean(inputs, metrics))
+
+
+def test_an_interrupted_run_goes_on_where_it_was(run, model, tmp_path, monkeypatch):
+    for options in ((), ("--true",)):
+        whole, part = f"whole{len(options)}", f"part{len(options)}"
+        run(model, *TEXT, *options, "--out", whole)
+        calls = []
+        add = DiagonalFisher.add
+
+        def failing(self, batch, sampler=None, add=add, calls=calls):
+            calls.append(len(batch.ids))
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            add(self, batch, sampler)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(command, "_SECONDS_BETWEEN_SAVES", -1)
+            patch.setattr(DiagonalFisher, "add", failing)
+            assert run(model, *TEXT, *options, "--out", part).exit_code == 1
+            assert [path.name for path in Path(part).iterdir()] == ["partial.safetensors"]
+            refused = run(model, *TEXT, *options, "--out", part, "--seed", 5)
+            assert "of a run with other settings, data or weights" in refused.output
+            assert run(model, *TEXT, *options, "--out", part).exit_code == 0
+        assert sum(calls) == 25 + calls[3]
+        metrics = [load_file(Path(name, "model.safetensors")) for name in (whole, part)]
+        assert all(torch.equal(metrics[0][name], metrics[1][name]) for name in metrics[0])
+        assert {path.name for path in Path(part).iterdir()} == {"model.safetensors", "metric.json"}
+        assert f"{part} exists" in run(model, *TEXT, *options, "--out", part).output
+
+
+def test_experts_that_transformers_stacks_are_named_as_in_the_checkpoint(run, model, tmp_path):
+    mixture = made("mixture")
+    shutil.copytree(model, tmp_path / "mixture")
+    for path in (tmp_path / "mixture").glob("*model*"):
+        path.unlink()
+    mixture.save_pretrained(tmp_path / "mixture")
+    result = run("mixture", *TEXT, "--out", "metric")
+    assert result.exit_code == 0, result.output
+    found = load_file(tmp_path / "metric" / "model.safetensors")
+    own = weights_of(tmp_path / "mixture")
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in own.items()}
+    tokens = PreTrainedTokenizerFast.from_pretrained(model)(WORDS).input_ids
+    expected = by_a_plain_loop(mixture, Batch(torch.tensor(tokens[:400]).view(-1, 16)))
+    gate, up = expected["model.layers.0.mlp.experts.gate_up_proj"].chunk(2, dim=1)
+    for name, part in (("w1", gate), ("w3", up)):
+        tensor = found[f"model.layers.0.block_sparse_moe.experts.2.{name}.weight"]
+        torch.testing.assert_close(tensor, part[2], rtol=1e-3, atol=1e-9)
+
+
+@pytest.fixture
+def classifier(tmp_path, model):
+    """A classifier of three named classes, with the tokenizer of the model."""
+    folder = tmp_path / "classifier"
+    shutil.copytree(model, folder)
+    for path in folder.glob("*model*"):
+        path.unlink()
+    own = made("bert classifier")
+    own.config.id2label = {0: "no", 1: "maybe", 2: "yes"}
+    own.config.label2id = {"no": 0, "maybe": 1, "yes": 2}
+    own.save_pretrained(folder)
+    return "classifier"
+
+
+def records(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_classifier_from_records(run, classifier, tmp_path):
+    rows = [
+        {"first": "w1 w2 w3", "second": "w4", "class": "yes"},
+        {"first": "w5 w6", "second": "w7 w8", "class": "no"},
+        {"first": "w5", "second": "w9", "class": "maybe"},
+    ]
+    records("pairs.jsonl", rows)
+    options = ("--text", "first", "--text", "second", "--label", "class", "--quiet")
+    result = run(classifier, "--data", "pairs.jsonl", *options, "--out", "metric")
+    assert result.exit_code == 0, result.output
+    found = load_file(tmp_path / "metric" / "model.safetensors")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / classifier)
+    own = BertForSequenceClassification.from_pretrained(tmp_path / classifier).eval()
+    expected = {name: torch.zeros_like(p) for name, p in own.named_parameters()}
+    for row in rows:
+        ids = torch.tensor([tokenizer(row["first"], row["second"]).input_ids])
+        label = torch.tensor([own.config.label2id[row["class"]]])
+        for name, squares in by_a_plain_loop(own, Batch(ids, label)).items():
+            expected[name] += squares / 3
+    assert found.keys() == expected.keys()
+    for name, metric in found.items():
+        assert (metric - expected[name]).norm() <= 1e-5 * expected[name].norm()
+
+
+def test_conversations_go_through_the_chat_template(run, model, tmp_path):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(model)
+    records("chat.jsonl", [{"messages": [{"role": "user", "content": "w2 w3"}]}])
+    records("flat.jsonl", [{"text": "w1 w2 w3"}])
+    chat = ("--data", "chat.jsonl", "--text", "messages", "--quiet", "--out", "chat")
+    assert run(model, *chat).exit_code == 0
+    assert run(model, "--data", "flat.jsonl", "--quiet", "--out", "flat").exit_code == 0
+    found = [load_file(Path(name, "model.safetensors")) for name in ("chat", "flat")]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+
+
+def test_mistakes_about_data(run, model, classifier):
+    records("rows.jsonl", [{"text": "w1 w2", "label": 7, "note": None}])
+    Path("short.txt").write_text("w1")
+    cases = {
+        (model, "--data", "short.txt"): "holds no example: each needs at least two tokens",
+        (model, "--data", "rows.jsonl", "--text", "txt"): "no column txt, but text, label, note",
+        (model, "--data", "rows.jsonl", "--text", "note"): "has no text in note",
+        (model, "--data", "nowhere.jsonl"): "nowhere.jsonl cannot be read",
+        (classifier, "--data", "rows.jsonl"): "is of class 7 (label), but the model knows 3",
+        (classifier, "--data", "text.txt"): "is a plain text, which has no classes",
+        ("nowhere", "--data", "text.txt"): "nowhere is no model that transformers reads",
+        (model,): "Give either --data or --from-optimizer",
+        ("--data", "text.txt"): "Give one model",
+    }
+    for arguments, words in cases.items():
+        result = run(*arguments, "--out", "bad")
+        assert (result.exit_code != 0, words in result.output) == (True, True), result.output
+        assert "Traceback" not in result.output
+        assert not Path("bad").exists()
+
+
+def test_models_that_are_not_whole_or_have_no_such_likelihood(run, classifier, tmp_path):
+    weights = weights_of(tmp_path / classifier)
+    config = json.loads((tmp_path / classifier / "config.json").read_text())
+    from safetensors.torch import save_file
+
+    save_file(
+        {n: t for n, t in weights.items() if "classifier" not in n},
+        tmp_path / classifier / "model.safetensors",
+        {"format": "pt"},
+    )
+    records("rows.jsonl", [{"text": "w1 w2", "label": 1}])
+    result = run(classifier, "--data", "rows.jsonl", "--out", "bad")
+    assert "lacks classifier.bias of a BertForSequenceClassification" in result.output
+    save_file(weights, tmp_path / classifier / "model.safetensors", {"format": "pt"})
+    for change, words in (
+        ({"problem_type": "regression"}, "made for causal language models and for classifiers"),
+        ({"architectures": ["NoSuchModel"]}, "asks for NoSuchModel, which this transformers"),
+    ):
+        (tmp_path / classifier / "config.json").write_text(json.dumps({**config, **change}))
+        result = run(classifier, "--data", "rows.jsonl", "--out", "bad")
+        assert words in result.output
+
+
+def train(optimizer, network, steps=3):
+    """Some steps on random data; returns nothing but what the optimizer keeps."""
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        batch = torch.randint(3, 63, (2, 8), generator=generator)
+        network(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def kept(optimizer, network, beta2, eps=1e-8):
+    """sqrt(v / (1 - beta2^step)) + eps, by the parameter itself."""
+    found = {}
+    for name, parameter in network.named_parameters():
+        state = optimizer.state[parameter]
+        unbiased = state["exp_avg_sq"].double() / (1 - beta2 ** float(state["step"]))
+        found[name] = unbiased.sqrt() + eps
+    return found
+
+
+@pytest.fixture
+def trained(tmp_path, model):
+    """A checkpoint of the Hugging Face Trainer, and the optimizer that it is of."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    rows = [{"input_ids": [3 + i, 4, 5, 6], "labels": [3 + i, 4, 5, 6]} for i in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path / "run"),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        save_steps=4,
+        logging_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(network, arguments, train_dataset=rows)
+    trainer.train()
+    inner = trainer.optimizer.optimizer
+    return tmp_path / "run" / "checkpoint-4", kept(inner, trainer.model, 0.95)
+
+
+def test_the_trainers_optimizer_by_number(run, trained, model, merge):
+    checkpoint, expected = trained
+    arguments = ("--from-optimizer", checkpoint, "--model", checkpoint, "--quiet")
+    result = run(*arguments, "--out", "adam")
+    assert result.exit_code == 0, result.output
+    found = load_file("adam/model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, own in found.items():
+        torch.testing.assert_close(own.double(), expected[name], rtol=1e-6, atol=0)
+    models = [
+        {"model": str(checkpoint), "parameters": {"metric": str(Path("adam").resolve())}},
+        {"model": model, "parameters": {"metric": "identity"}},
+    ]
+    merge({"merge_method": "karcher", "models": models, "dtype": "float32"}).weights  # noqa: B018
+
+
+def test_shapes_that_do_not_prove_the_mapping_are_refused(run, trained, tmp_path):
+    checkpoint, _ = trained
+    wider = llama(tmp_path / "wider", 0)
+    config = json.loads((Path(wider) / "config.json").read_text())
+    network = LlamaForCausalLM(LlamaConfig(**config | {"intermediate_size": 56}))
+    network.save_pretrained(wider, max_shard_size="1GB")
+    (Path(wider) / "model.safetensors.index.json").unlink()
+    result = run("--from-optimizer", checkpoint, "--model", wider, "--out", "bad")
+    assert "numbers its 23 and 7 parameters" in result.output
+    assert "no way of naming them fits" in result.output
+    deeper = LlamaForCausalLM(LlamaConfig(**config | {"num_hidden_layers": 4}))
+    with pytest.raises(KarcherError, match="no way of naming them fits the 39"):
+        adam_metric(checkpoint, deeper)
+
+
+def test_two_ways_that_both_fit_are_refused(tmp_path):
+    """Two parameters of one shape: decayed and not by one rule, in one group by another."""
+
+    class Alike(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.input_norm = nn.Linear(2, 2, bias=False)
+            self.output = nn.Linear(2, 2, bias=False)
+            self.b_norm = nn.Linear(2, 2, bias=False)
+            self.a_bias = nn.Parameter(torch.zeros(2, 2))
+
+    network = Alike()
+    state = {"exp_avg_sq": torch.ones(2, 2), "step": torch.tensor(1.0)}
+    group = {"betas": (0.9, 0.99), "eps": 1e-8}
+    saved = {
+        "state": dict.fromkeys(range(4), state),
+        "param_groups": [{**group, "params": [0, 1, 2, 3]}],
+    }
+    torch.save(saved, tmp_path / "optimizer.pt")
+    assert set(adam_metric(tmp_path, network)) == {n for n, _ in network.named_parameters()}
+    saved["param_groups"] = [{**group, "params": [0]}, {**group, "params": [1, 2, 3]}]
+    torch.save(saved, tmp_path / "optimizer.pt")
+    assert set(adam_metric(tmp_path, network)) == {n for n, _ in network.named_parameters()}
+    saved["param_groups"] = [{**group, "params": [0, 1]}, {**group, "params": [2, 3]}]
+    torch.save(saved, tmp_path / "optimizer.pt")
+    with pytest.raises(KarcherError, match="no way of naming them fits"):
+        adam_metric(tmp_path, network)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("inside", ["", "optimizer_0"])
+def test_distributed_checkpoints_have_names(run, model, tmp_path, flat, inside):
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(network.parameters(), betas=(0.9, 0.98), eps=1e-7)
+    train(optimizer, network)
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    state = get_optimizer_state_dict(network, optimizer, options=options)
+    dcp.save({"optimizer": state}, checkpoint_id=tmp_path / "run" / inside, no_dist=True)
+    result = run(model, "--from-optimizer", "run", "--out", "adam", "--quiet")
+    assert result.exit_code == 0, result.output
+    found = load_file("adam/model.safetensors")
+    for name, expected in kept(optimizer, network, 0.98, 1e-7).items():
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_names_in_one_file_may_have_wrappers(model, tmp_path):
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for parameter in network.model.embed_tokens.parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.Adam(p for p in network.parameters() if p.requires_grad)
+    train(optimizer, network)
+    state = get_optimizer_state_dict(network, optimizer)
+    for part in ("state", "param_groups"):
+        assert part in state
+    state["state"] = {f"module._orig_mod.{n}": entry for n, entry in state["state"].items()}
+    for group in state["param_groups"]:
+        group["params"] = [f"module._orig_mod.{name}" for name in group["params"]]
+    torch.save(state, tmp_path / "optimizer.bin")
+    found = adam_metric(tmp_path, network)
+    # What was frozen never moved: no weight there.
+    assert not found["model.embed_tokens.weight"].any()
+    name = "model.layers.0.mlp.up_proj.weight"
+    own = optimizer.state[network.get_parameter(name)]
+    expected = (own["exp_avg_sq"].double() / (1 - 0.999**3)).sqrt() + 1e-8
+    torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_what_is_no_adam_is_refused(model, tmp_path):
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    train(optimizer, network)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(KarcherError, match="has momentum_buffer for 0, but no exp_avg_sq"):
+        adam_metric(tmp_path, network)
+    torch.save({"step": 1}, tmp_path / "optimizer.pt")
+    with pytest.raises(KarcherError, match="is not the state of an optimizer"):
+        adam_metric(tmp_path, network)
+    (tmp_path / "optimizer.pt").write_bytes(b"no pickle")
+    with pytest.raises(KarcherError, match="cannot be read"):
+        adam_metric(tmp_path, network)
+    empty = tmp_path / "empty"
+    (empty / "global_step4").mkdir(parents=True)
+    with pytest.raises(KarcherError, match=r"no optimizer state \(what DeepSpeed saves"):
+        adam_metric(empty, network)
+    state = get_optimizer_state_dict(network, optimizer)
+    dcp.save({"optimizer": state}, checkpoint_id=tmp_path / "sgd", no_dist=True)
+    with pytest.raises(KarcherError, match="no exp_avg_sq of a named parameter"):
+        adam_metric(tmp_path / "sgd", network)
