@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
 from contestants import FINE_TUNE_ANGLE
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -38,6 +39,16 @@ def write_checkpoints(folder: Path, parameters: int, models: int) -> tuple[list[
     for path in folders:
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return folders, _size(width)
+
+
+def write_metric(model: Path, folder: Path) -> None:
+    """A float32 metric of a checkpoint: the squares of its weights, shard by shard."""
+    folder.mkdir()
+    for path in model.glob("*.safetensors"):
+        squares = {name: tensor.float().square() for name, tensor in load_file(path).items()}
+        save_file(squares, folder / path.name, metadata={"format": "pt"})
+    index = "model.safetensors.index.json"
+    shutil.copyfile(model / index, folder / index)
 
 
 def _write_shard(paths: list[Path], shapes: Shapes, generator: torch.Generator) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from checkpoints import write_checkpoints
+from checkpoints import write_checkpoints, write_metric
 from contestants import BUILTIN, LINEAR, OURS
 from rows import Row, interleave, quantiles, timed_rows
 
@@ -27,6 +27,7 @@ START_UP = "start-up"
 
 _SCRIPTS = Path(sysconfig.get_path("scripts"))
 WHOLE_MODEL = f"{OURS}, model"
+FISHER, IN_METRIC, ROWS_IN_METRIC = "fisher", f"{OURS}, metric", f"{OURS}, row, metric"
 _METHODS = {OURS: "karcher", WHOLE_MODEL: "karcher", LINEAR: "linear", BUILTIN: "karcher"}
 _SAMPLE_SECONDS = 0.02
 _EVICT_SECONDS = 0.2
@@ -72,6 +73,52 @@ def reports(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]
                 for contestant in (MERGE, REPORT, REPORTING)
             }
             yield from _rows(case, interleave(calls, dict.fromkeys(calls, rounds)), "reports")
+
+
+def metrics(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
+    """Merges in float32 metrics, twice as large as the bf16 models that they are of."""
+    with tempfile.TemporaryDirectory(prefix="karcher-benchmark-", dir=scratch) as name:
+        folder = Path(name)
+        _check_space(folder, 3 * parameters)
+        models, total = write_checkpoints(folder, parameters, MODELS)
+        for model in models:
+            write_metric(model, _metric_of(model))
+        os.sync()
+        methods = {
+            LINEAR: ("linear", {}),
+            OURS: ("karcher", {}),
+            FISHER: ("fisher", {}),
+            IN_METRIC: ("karcher", {}),
+            ROWS_IN_METRIC: ("karcher", {"granularity": "row"}),
+        }
+        calls = {c: partial(_in_metric, c, *how, folder, models) for c, how in methods.items()}
+        case = {"parameters": f"{total / 1e9:.3g}e9", "models": MODELS, "metrics": "float32"}
+        yield from _rows(case, interleave(calls, dict.fromkeys(calls, rounds)), "metrics")
+
+
+def _in_metric(
+    contestant: str,
+    method: str,
+    parameters: dict[str, Any],
+    folder: Path,
+    models: Sequence[Path],
+) -> dict[str, float]:
+    out, log, config = folder / "out", folder / "log", folder / "config.yml"
+
+    def own(model: Path) -> dict[str, Any]:
+        metric = {} if contestant in (LINEAR, OURS) else {"metric": str(_metric_of(model))}
+        return {"model": str(model), "parameters": {"weight": 1.0} | metric}
+
+    document = {"merge_method": method, "models": list(map(own, models)), "dtype": "bfloat16"}
+    config.write_text(yaml.safe_dump(document | {"parameters": parameters}))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    measured = watch([str(config), str(out), "--no-copy-tokenizer"], log, environment)
+    shutil.rmtree(out)
+    return measured
+
+
+def _metric_of(model: Path) -> Path:
+    return model.with_name(model.name.replace("model", "metric"))
 
 
 def _report(contestant: str, origin: str, folder: Path, models: Sequence[Path]) -> dict[str, float]:

@@ -20,13 +20,13 @@ from error import error
 from geometries import geometries
 from kernels import QUICK, Sizes, kernels
 from long_runs import long_runs
-from merges import merges, reports
+from merges import merges, metrics, reports
 from rows import Row
 from scratch import scratch
 from table import markdown
 
 RESULTS = Path(__file__).with_name("results.json")
-SECTIONS = ("kernels", "geometries", "long", "scratch", "error", "merges", "reports")
+SECTIONS = ("kernels", "geometries", "long", "scratch", "error", "merges", "reports", "metrics")
 
 
 def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
@@ -43,7 +43,9 @@ def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
     if section == "error":
         return error((2,), (1e-8, 0.7)) if quick else error()
     parameters = options.params or (20_000_000 if quick else 1_000_000_000)
-    whole = reports if section == "reports" else merges
+    whole = {"reports": reports, "metrics": metrics, "merges": merges}[section]
+    # Metrics are two more models' worth of files for each.
+    parameters = parameters // 3 if section == "metrics" else parameters
     return whole(parameters, options.scratch, rounds=1 if quick else 5)
 
 

@@ -92,6 +92,19 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
             ("load average", "", "load_average"),
         ),
     ),
+    "metrics": (
+        "Merges in metrics",
+        f"{_TIMES} Whole mergekit-yaml processes, bf16 checkpoints; a float32 metric is twice as "
+        "large a file as its model.",
+        (
+            ("s", "", "seconds"),
+            ("/ linear", "", "over", LINEAR),
+            ("processor s", "", "processor_seconds"),
+            ("peak RSS, MB", "", "peak_rss_mb"),
+            ("peak anonymous, MB", "", "peak_anonymous_mb"),
+            ("load average", "", "load_average"),
+        ),
+    ),
 }
 
 
