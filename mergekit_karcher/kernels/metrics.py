@@ -43,21 +43,21 @@ class SharedMetric(NamedTuple):
         return roots.square_().mul_(4.0**self.exponent)
 
 
-def metric_sums(metric: torch.Tensor) -> tuple[float, float]:
-    """The sum of all entries, and the least of them, in float64; NaN if any is not a number.
+def sum_and_least(tensor: torch.Tensor) -> tuple[float, float]:
+    """The sum of all entries in float64, and the least of them or 0; NaN if any is not a number.
 
-    Scratch: for each thread CHUNK_ELEMENTS float64 values. One transfer to the host.
+    Scratch: at most CHUNK_ELEMENTS values for each thread. One transfer to the host.
     """
-    device = working_device(metric.device)
-    (view,), pieces = walk([metric], CHUNK_ELEMENTS)
+    device = working_device(tensor.device)
+    (view,), pieces = walk([tensor], CHUNK_ELEMENTS)
     found = torch.zeros(worker_count(device, len(pieces)), 2, dtype=torch.float64, device=device)
 
     def add_up(worker: int, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
-            part = piece.of(view).to(device, torch.float64)
-            found[worker, 0] += part.sum()
+            part = piece.of(view).to(device)
+            found[worker, 0] += part.sum(dtype=torch.float64)
             found[worker, 1] = torch.minimum(found[worker, 1], part.min())
 
-    in_stripes(add_up, pieces, device, metric.numel())
+    in_stripes(add_up, pieces, device, tensor.numel())
     total, least = torch.stack([found[:, 0].sum(), found[:, 1].min()]).tolist()
     return total, least

@@ -8,7 +8,7 @@ import math
 import torch
 
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.kernels.metrics import metric_sums
+from mergekit_karcher.kernels.metrics import sum_and_least
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def checked_total(metric: torch.Tensor, tensor: torch.Tensor, label: str, name: 
         raise KarcherError(
             f"The metric of {name} for {label} is {metric.dtype}: give floating-point numbers."
         )
-    total, least = metric_sums(metric)
+    total, least = sum_and_least(metric)
     if not math.isfinite(total) or math.isnan(least):
         raise KarcherError(
             f"The metric of {name} for {label} is not finite everywhere: make it anew, or give "

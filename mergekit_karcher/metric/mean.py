@@ -9,6 +9,7 @@ from functools import reduce
 import torch
 
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.kernels.metrics import sum_and_least
 from mergekit_karcher.kernels.precision import precision_mean
 from mergekit_karcher.metric.checks import FLOOR, check_floor, checked_total, warn_of_zeros
 
@@ -70,14 +71,20 @@ def fisher_mean(
         used, own = chosen, [None] * count
     dtype = reduce(torch.promote_types, (tensors[index].dtype for index in chosen))
     if len(used) == 1:
-        return tensors[used[0]].to(dtype, copy=True)
-    return precision_mean(
-        [tensors[index] for index in used],
-        [own[index] for index in used],
-        [shares[index] for index in used],
-        [floors[index] for index in used],
-        dtype,
-    )
+        merged = tensors[used[0]].to(dtype, copy=True)
+    else:
+        merged = precision_mean(
+            [tensors[index] for index in used],
+            [own[index] for index in used],
+            [shares[index] for index in used],
+            [floors[index] for index in used],
+            dtype,
+        )
+    if not math.isfinite(sum_and_least(merged)[0]):
+        # A mean is not finite only where one of its inputs is not; a sum is quicker to look at.
+        for index in used:
+            _check_finite(tensors[index], labels[index], name)
+    return merged
 
 
 def _check_tensor(tensor: torch.Tensor, first: torch.Tensor, label: str, name: str) -> None:
@@ -86,6 +93,9 @@ def _check_tensor(tensor: torch.Tensor, first: torch.Tensor, label: str, name: s
             f"{name} of {label} is {tensor.dtype} of shape {tuple(tensor.shape)}, but a mean needs "
             f"floating-point tensors of one shape, {tuple(first.shape)} here."
         )
+
+
+def _check_finite(tensor: torch.Tensor, label: str, name: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise KarcherError(
             f"{name} of {label} has values that are not finite: repair or leave out that model, or "
