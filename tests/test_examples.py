@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import llama
+from conftest import llama, weights_of
 from safetensors.torch import save_file
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "example_configs").glob("*.yml"))
@@ -36,6 +36,11 @@ class Stand:
             return str(path)
         if "adapter" in name:
             return self._adapter(path, seed)
+        if name.endswith("-fisher"):
+            path.mkdir()
+            metric = {n: t.float() ** 2 for n, t in weights_of(llama(path / "m", seed)).items()}
+            save_file(metric, path / "model.safetensors")
+            return str(path)
         return llama(path, seed)
 
     def _adapter(self, path, seed):
@@ -58,7 +63,7 @@ def replaced(value, stand, stages):
         return value
     result = {}
     for key, item in value.items():
-        names_a_model = key in ("model", "base_model") or (key == "source" and "/" in item)
+        names_a_model = key in ("model", "base_model", "metric") or (key == "source" and "/" in item)
         if names_a_model and item not in stages:
             result[key] = "+".join(stand[part] for part in item.split("+"))
         else:
@@ -75,5 +80,8 @@ def test_example(path, merge, tmp_path):
     options = ["--lora-merge-cache", str(tmp_path / "cache")] if path.stem == "lora" else []
     outcome = merge(config, *options, command=COMMANDS.get(path.stem, "mergekit-yaml"))
     assert outcome.weights
+    if config[-1]["merge_method"] == "fisher":
+        assert "Fisher-weighted mean" in (outcome.out / "README.md").read_text()
+        return
     assert "tensors merged" in outcome.output
     assert ", 0 fell back to the linear mean, 0 not converged." in outcome.output

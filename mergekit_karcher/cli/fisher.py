@@ -85,9 +85,9 @@ _PARTIAL = "partial.safetensors"
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
-    default=4,
+    default=1,
     show_default=True,
-    help="Examples at a time. A parameter takes 12 bytes, and 4 more for each of them.",
+    help="Examples at a time: more is quicker for small models, and takes more memory.",
 )
 @click.option("--subset", help="The configuration of a dataset.")
 @click.option("--split", default="train", show_default=True, help="The split of a dataset.")
