@@ -1,8 +1,8 @@
 """Experts of three optimizers, merged in the metrics of each: `python benchmarks/optimizers.py`.
 
 Tiny Llama experts for the demo's three kinds of text, from one base, by SGD with momentum, AdamW
-and Muon, which orthogonalises its steps. Rows go to optimizers.json, tables to optimizers.md and a
-chart to optimizers.png beside this script.
+and Muon, which orthogonalises its steps; and fine-tunes of SmolLM2-135M. Rows go to
+optimizers.json, tables to optimizers.md and a chart to optimizers.png beside this script.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib.metadata import version
 from operator import truediv
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path += [str(Path(__file__).resolve().parents[1] / p) for p in ("benchmarks/quality", "demo")]
@@ -27,14 +27,16 @@ from rows import Row, row
 # transformers would take benchmarks/kernels.py for the package of that name.
 sys.path.pop(0)
 
+import smollm
 import torch
 import train as demo
 from cache import cached
 from language import Sizes, judge, load_state, model_of, state_of, train_base
 from mergekit.merge_methods import merge_state_dicts
-from problem import State
+from problem import Problem, State
 from texts import KINDS, load
 from torch import nn
+from tqdm import tqdm
 
 from mergekit_karcher import fisher_mean, karcher_mean
 from mergekit_karcher.metric.fisher import Batch, DiagonalFisher
@@ -49,6 +51,7 @@ MIXED = "three optimizers"
 # others, on one seed: SGD from 0.1 to 1, Muon from 0.003 to 0.03.
 RATES = {"AdamW": 1e-3, "SGD": 0.15, "Muon": 4e-3}
 EXAMPLES, WINDOW, BATCH = 500, 64, 10
+SMOLLM, SMOLLM_EXAMPLES = "SmolLM2-135M", 48
 
 Metric = dict[str, torch.Tensor]
 
@@ -66,10 +69,12 @@ def optimizers(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
     return [torch.optim.Muon(matrices, rate), torch.optim.AdamW(rest, RATES["AdamW"])]
 
 
-def windows(stream: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+def windows(
+    stream: torch.Tensor, count: int, generator: torch.Generator, length: int = WINDOW
+) -> torch.Tensor:
     """Random windows of a text."""
-    starts = torch.randint(len(stream) - WINDOW, (count,), generator=generator).tolist()
-    return torch.stack([stream[start : start + WINDOW] for start in starts])
+    starts = torch.randint(len(stream) - length, (count,), generator=generator).tolist()
+    return torch.stack([stream[start : start + length] for start in starts])
 
 
 def expert(base: State, stream: torch.Tensor, name: str, seed: int, steps: int) -> State:
@@ -96,14 +101,13 @@ def expert(base: State, stream: torch.Tensor, name: str, seed: int, steps: int) 
     return state_of(model)
 
 
-def fisher(state: State, stream: torch.Tensor, seed: int, *, sampled: bool, count: int) -> Metric:
-    """The diagonal Fisher information on the text that an expert was trained on."""
-    model = model_of(Sizes())
-    load_state(model, state)
+def fisher(
+    model: nn.Module, examples: torch.Tensor, sampler: torch.Generator | None, batch: int = BATCH
+) -> Metric:
+    """The diagonal Fisher information on windows of the text that an expert was trained on."""
     found = DiagonalFisher(model.eval())
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for batch in windows(stream, count, generator).split(BATCH):
-        found.add(Batch(batch), generator if sampled else None)
+    for some in tqdm(examples.split(batch), desc="Fisher"):
+        found.add(Batch(some), sampler)
     return found.metric()
 
 
@@ -190,8 +194,19 @@ def objective(state: State, states: Sequence[State], metrics: Sequence[Metric]) 
     )
 
 
-def measure(cache: Path, seeds: int, quick: bool) -> Iterator[Row]:
-    """All rows: each optimizer on each text in turn, and all three experts by one."""
+class Contest(NamedTuple):
+    """Experts to be merged, their metrics by name, and how to judge a merge, in bits per byte."""
+
+    case: Mapping[str, Any]
+    base: State
+    states: Sequence[State]
+    metrics: Mapping[str, Sequence[Metric]]
+    bits: Callable[[State], dict[str, float]]
+    own: Mapping[str, float]
+
+
+def tiny(cache: Path, seeds: int, quick: bool) -> Iterator[Contest]:
+    """The demo's models: each optimizer on each text in turn, and all three experts by one."""
     steps, count = (2, 4) if quick else (demo.SETTINGS["expert"]["steps"], EXAMPLES)
     sizes = Sizes(base_steps=2, expert_steps=2) if quick else Sizes()
     tokenizer = demo.byte_tokenizer()
@@ -214,52 +229,86 @@ def measure(cache: Path, seeds: int, quick: bool) -> Iterator[Row]:
 
         experts, informations, true, moments = ({} for _ in range(4))
         for kind, stream in streams.items():
+            some = windows(stream, count, torch.Generator().manual_seed(1000 + seed))
             for name in RATES:
                 key = (kind, name)
                 train = partial(expert, base, stream, name, seed, steps)
                 own = experts[key] = made("expert", kind, name, train, common)
-                make = partial(fisher, own, stream, seed, sampled=False, count=count)
+                load_state(model, own)
+                make = partial(fisher, model, some, None)
                 informations[key] = made("fisher", kind, name, make, common)
-                make = partial(fisher, own, stream, seed, sampled=True, count=count)
+                make = partial(fisher, model, some, torch.Generator().manual_seed(seed))
                 true[key] = made("true", kind, name, make, common)
-                moments[key] = made(
-                    "adam", kind, name, partial(adam, own, stream, seed, steps), common
-                )
+                make = partial(adam, own, stream, seed, steps)
+                moments[key] = made("adam", kind, name, make, common)
         names = list(RATES)
         shifted = [dict(zip(KINDS, names[k:] + names[:k], strict=True)) for k in range(len(names))]
         uniform = [dict.fromkeys(KINDS, name) for name in names]
+
+        def bits(state: State) -> dict[str, float]:
+            return {k: judge(model, held_out, state, k)["bits per byte"] for k in KINDS}
+
         for trained in [*shifted, *uniform]:
             keys = list(trained.items())
             kinds = set(trained.values())
-            case = {
-                "experts": MIXED if len(kinds) > 1 else f"all by {next(iter(kinds))}",
-                "trained": ", ".join(f"{kind} {name}" for kind, name in keys),
-                "seed": seed,
-            }
-            states = [experts[key] for key in keys]
-            metrics = {
-                "Fisher": [informations[key] for key in keys],
-                "true Fisher": [true[key] for key in keys],
-                "Adam": [moments[key] for key in keys],
-            }
+            yield Contest(
+                {
+                    "experts": MIXED if len(kinds) > 1 else f"all by {next(iter(kinds))}",
+                    "trained": ", ".join(f"{kind} {name}" for kind, name in keys),
+                    "seed": seed,
+                },
+                base,
+                [experts[key] for key in keys],
+                {
+                    "Fisher": [informations[key] for key in keys],
+                    "true Fisher": [true[key] for key in keys],
+                    "Adam": [moments[key] for key in keys],
+                },
+                bits,
+                {k: bits(experts[k, n])[k] for k, n in keys},
+            )
 
-            def found(
-                name: str, bits: Mapping[str, float], j: float | None, case: Any = case
-            ) -> Row:
-                result = {"bits": dict(bits), "mean": fmean(bits.values()), "J": j}
-                own = row("optimizers", case, name, result)
-                own["versions"]["transformers"] = version("transformers")
-                return own
 
-            def bits_of(state: State) -> dict[str, float]:
-                return {k: judge(model, held_out, state, k)["bits per byte"] for k in KINDS}
+def fine_tunes(cache: Path, seeds: int, quick: bool) -> Iterator[Contest]:
+    """SmolLM2-135M, fine-tuned by AdamW on the same texts."""
+    sizes = smollm.Sizes(expert_steps=2, windows=1) if quick else smollm.Sizes()
+    count = 1 if quick else SMOLLM_EXAMPLES
+    model, tokenizer = smollm.pretrained(cache.parent)
+    streams = {k: torch.tensor(tokenizer(load(k).train[:200_000]).input_ids) for k in KINDS}
+    for problem in smollm.problems(sizes, SMOLLM, seeds, cache.parent):
+        seed = problem.case["seed"]
+        metrics = []
+        for own in problem.experts:
+            smollm.load_state(model, own.state)
+            generator = torch.Generator().manual_seed(1000 + seed)
+            some = windows(streams[own.task], count, generator, smollm.CONTEXT)
+            seen = {"seed": seed, "examples": count, "steps": sizes.expert_steps}
+            make = partial(fisher, model, some, None, batch=1)
+            metrics.append(cached(cache, f"smollm-fisher-{own.task}", seen, make))
 
-            yield found(BASE, bits_of(base), None)
-            own = {k: judge(model, held_out, experts[k, n], k)["bits per byte"] for k, n in keys}
-            yield found(OWN, own, None)
-            for name, state in contestants(base, states, metrics):
-                j = objective(state, states, metrics["Fisher"])
-                yield found(name, bits_of(state), j)
+        def bits(state: State, problem: Problem = problem) -> dict[str, float]:
+            return {task: own["bits per byte"] for task, own in problem.evaluate(state).items()}
+
+        own = {e.task: problem.judge(e.state, e.task)["bits per byte"] for e in problem.experts}
+        states = [expert.state for expert in problem.experts]
+        case = {"experts": SMOLLM, "trained": "all AdamW", "seed": seed}
+        yield Contest(case, problem.base, states, {"Fisher": metrics}, bits, own)
+
+
+def measure(contest: Contest) -> Iterator[Row]:
+    """All rows of one contest."""
+
+    def found(name: str, bits: Mapping[str, float], j: float | None) -> Row:
+        result = {"bits": dict(bits), "mean": fmean(bits.values()), "J": j}
+        own = row("optimizers", contest.case, name, result)
+        own["versions"]["transformers"] = version("transformers")
+        return own
+
+    yield found(BASE, contest.bits(contest.base), None)
+    yield found(OWN, contest.own, None)
+    for name, state in contestants(contest.base, contest.states, contest.metrics):
+        j = objective(state, contest.states, contest.metrics["Fisher"])
+        yield found(name, contest.bits(state), j)
 
 
 def _values(rows: Sequence[Row], experts: str, name: str, *keys: str) -> list[float]:
@@ -316,8 +365,9 @@ def table(rows: Sequence[Row]) -> str:
             f"the empirical one, diagonal, from {EXAMPLES} windows of {WINDOW} bytes of the "
             "expert's own training text; true: with targets drawn from the expert; Adam: sqrt(v) "
             "of an AdamW that saw as many batches as training had, without a step. Even: each "
-            "metric scaled to mean one over its model. J is the paper's objective in the Fisher "
-            "metric. Bold: the best that is no own expert.\n",
+            "metric scaled to mean one over its model. SmolLM2-135M: three fine-tunes by AdamW, "
+            f"Fisher from {SMOLLM_EXAMPLES} windows of {smollm.CONTEXT} tokens. J is the paper's "
+            "objective in the Fisher metric. Bold: the best that is no own expert.\n",
             *parts,
             f"{circumstances}; {rows[0]['when']} to {rows[-1]['when']}.\n",
         ]
@@ -338,13 +388,14 @@ def chart(rows: Sequence[Row], path: Path) -> None:
         if name not in (BASE, OWN, LINEAR)
     ]
     figure, panels = pyplot.subplots(
-        1, len(sets), figsize=(5 + 3 * len(sets), 6), layout="constrained", sharey=True
+        1, len(sets), figsize=(5 + 2.5 * len(sets), 6), layout="constrained", sharey=True
     )
     for axes, experts in zip(panels, sets, strict=True):
-        found = [_against_linear(rows, experts, name) for name in names]
+        there = [name for name in names if _values(rows, experts, name, "mean")]
+        found = [_against_linear(rows, experts, name) for name in there]
         axes.errorbar(
             [mean for mean, _ in found],
-            range(len(names)),
+            [names.index(name) for name in there],
             xerr=[error for _, error in found],
             fmt="o",
             capsize=3,
@@ -366,9 +417,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_HERE / "optimizers.json")
     options = parser.parse_args()
     rows: list[Row] = []
-    for own in measure(options.cache, 1 if options.quick else SEEDS, options.quick):
-        rows.append(own)
-        print(own["case"], own["contestant"], own["result"]["mean"], file=sys.stderr, flush=True)
+    for make in (tiny, fine_tunes):
+        for contest in make(options.cache, 1 if options.quick else SEEDS, options.quick):
+            print(dict(contest.case), file=sys.stderr, flush=True)
+            rows += measure(contest)
     if not options.quick:
         text = ",\n".join(json.dumps(own) for own in rows)
         options.out.write_text(f"[\n{text}\n]\n")

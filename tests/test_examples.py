@@ -63,7 +63,9 @@ def replaced(value, stand, stages):
         return value
     result = {}
     for key, item in value.items():
-        names_a_model = key in ("model", "base_model", "metric") or (key == "source" and "/" in item)
+        names_a_model = key in ("model", "base_model", "metric") or (
+            key == "source" and "/" in item
+        )
         if names_a_model and item not in stages:
             result[key] = "+".join(stand[part] for part in item.split("+"))
         else:

