@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mergekit_karcher import karcher_mean
+from mergekit_karcher import fisher_mean, karcher_mean
 from mergekit_karcher.kernels.chunks import walk, working_device
 from mergekit_karcher.kernels.combine import combine
 from mergekit_karcher.kernels.gram import grams
@@ -167,17 +167,17 @@ def test_float64_sums_leave_devices_that_have_none():
     assert working_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
 
 
-def peak_scratch(tensors, threads, **options):
-    """The most bytes that karcher_mean held at once beside its result, by the profiler.
+def peak_scratch(tensors, threads, mean_of=karcher_mean, **options):
+    """The most bytes that a mean held at once beside its result, by the profiler.
 
     It sees the calling thread: with one thread everything, with more their buffers.
     """
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        karcher_mean(tensors, **options)  # the threads start
+        mean_of(tensors, **options)  # the threads start
         with torch.profiler.profile(profile_memory=True) as profile:
-            mean, _ = karcher_mean(tensors, **options)
+            found = mean_of(tensors, **options)
     finally:
         torch.set_num_threads(before)
     live = peak = 0
@@ -185,6 +185,7 @@ def peak_scratch(tensors, threads, **options):
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
+    mean = found if isinstance(found, torch.Tensor) else found[0]
     assert peak >= mean.nbytes
     return peak - mean.nbytes
 
@@ -211,16 +212,29 @@ def test_scratch_does_not_grow_with_the_number_or_size_of_inputs(kind, threads):
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 @pytest.mark.parametrize("based", [False, True])
+@pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_scratch_around_a_base_and_by_rows(granularity, based, dtype):
-    """One output and at most 64 MB beside the inputs: no difference is ever held whole."""
+def test_scratch_around_a_base_and_by_rows(granularity, based, measured, dtype):
+    """One output and at most 64 MB beside the inputs: no difference or root is held whole."""
     peaks = []
     for count in (2, 17):
         inputs = [draw(2048, 1024, dtype=dtype, seed=seed) for seed in range(count)]
         base = draw(2048, 1024, dtype=dtype, seed=99) if based else None
-        peaks.append(peak_scratch(inputs, 1, base=base, granularity=granularity))
+        options = {"metrics": [tensor.abs() for tensor in inputs]} if measured else {}
+        peaks.append(peak_scratch(inputs, 1, base=base, granularity=granularity, **options))
     assert max(peaks) < 24 * 2**20
     assert abs(peaks[0] - peaks[1]) < 2**22
+
+
+def test_scratch_of_a_precision_weighted_mean():
+    """Chunks, whatever the number of models and metrics is."""
+    peaks = []
+    for count in (2, 9):
+        inputs = [draw(2048, 1024, dtype=torch.bfloat16, seed=seed) for seed in range(count)]
+        metrics = [tensor.float().abs() for tensor in inputs]
+        peaks.append(peak_scratch(inputs, 1, fisher_mean, metrics=metrics))
+    assert max(peaks) < 2**22
+    assert abs(peaks[0] - peaks[1]) < 2**16
 
 
 def test_scratch_of_many_rows():
