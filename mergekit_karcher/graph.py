@@ -41,6 +41,24 @@ def found_by(load: Any) -> bool:
     return not load.optional or _place(load) is not None
 
 
+def names_of(load: Any) -> list[str]:
+    """The names under which a load task looks for its tensor, the first that is there."""
+    if _is_raw(load):
+        return [load.tensor_name]
+    return [load.tensor, *(load.aliases or ()), *(load.tied_names or ())]
+
+
+def model_type_of(load: Any) -> str | None:
+    """What the model of a load task is called in transformers; None for a raw checkpoint."""
+    if _is_raw(load):
+        return None
+    from mergekit.io.tasks import LoaderCache
+
+    config = load.model.config(trust_remote_code=LoaderCache().trust_remote_code)
+    kind: str = config.model_type
+    return kind
+
+
 def is_buffer(load: Any) -> bool:
     """Whether a checkpoint has whole numbers there, which no method of ours merges; reads them."""
     place = _place(load)

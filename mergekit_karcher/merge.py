@@ -132,8 +132,14 @@ def karcher_mean(
     if magnitude not in [kind.value for kind in Magnitude]:
         raise KarcherError(f"magnitude is {magnitude!r}: give arithmetic, linear or geometric.")
     if pad:
+        if metrics is not None:
+            metrics = [
+                _wide(metric, _common_shape([*tensors, base]))
+                if metric is not None and metric.shape == tensor.shape
+                else metric
+                for metric, tensor in zip(metrics, tensors, strict=False)
+            ]
         *tensors, base = _padded([*tensors, base])
-        metrics = metrics if metrics is None else _padded(metrics)
     settings = Settings(granularity, Magnitude(magnitude), max_iter, tol)
     group = Group("the tensor", tensors, labels, base)
     if metrics is not None:
@@ -146,23 +152,27 @@ def karcher_mean(
 
 
 def _padded(tensors: Sequence[torch.Tensor | None]) -> list[Any]:
+    shape = _common_shape(tensors)
+    return [None if tensor is None else _wide(tensor, shape) for tensor in tensors]
+
+
+def _common_shape(tensors: Sequence[torch.Tensor | None]) -> list[int]:
     given = [tensor for tensor in tensors if tensor is not None]
     if len({tensor.ndim for tensor in given}) > 1:
         axes = " and ".join(str(n) for n in sorted({tensor.ndim for tensor in given}))
         raise KarcherError(
             f"The tensors have {axes} axes: padding makes axes longer, it does not add any."
         )
-    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in given), strict=True)]
+    return [max(sizes) for sizes in zip(*(tensor.shape for tensor in given), strict=True)]
 
-    def wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None or list(tensor.shape) == shape:
-            return tensor
-        # torch counts axes from the last one, and gives each its room before and after.
-        more = zip(reversed(tensor.shape), reversed(shape), strict=True)
-        room = [size for own, wanted in more for size in (0, wanted - own)]
-        return torch.nn.functional.pad(tensor, room)
 
-    return [wide(tensor) for tensor in tensors]
+def _wide(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    if list(tensor.shape) == shape:
+        return tensor
+    # torch counts axes from the last one, and gives each its room before and after.
+    more = zip(reversed(tensor.shape), reversed(shape), strict=True)
+    room = [size for own, wanted in more for size in (0, wanted - own)]
+    return torch.nn.functional.pad(tensor, room)
 
 
 def merge(

@@ -13,13 +13,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 from conftest import llama, weights_of
-from safetensors.torch import load_file
+from datasets import ClassLabel, Dataset, Features, Value
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -36,7 +39,7 @@ from mergekit_karcher.cli.main import main
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.metric.examples import Example, batches
 from mergekit_karcher.metric.fisher import Batch, DiagonalFisher
-from mergekit_karcher.metric.optimizer import adam_metric
+from mergekit_karcher.metric.optimizer import Moments, adam_metric
 
 SMALL = {
     "hidden_size": 16,
@@ -276,7 +279,97 @@ def test_an_interrupted_run_goes_on_where_it_was(run, model, tmp_path, monkeypat
         assert f"{part} exists" in run(model, *TEXT, *options, "--out", part).output
 
 
-def test_experts_that_transformers_stacks_are_named_as_in_the_checkpoint(run, model, tmp_path):
+def test_a_run_that_is_cut_off_before_its_first_save_leaves_nothing(run, model, monkeypatch):
+    def stopping(self, batch, sampler=None):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiagonalFisher, "add", stopping)
+        assert run(model, *TEXT, "--out", "early").exit_code == 1
+    assert not Path("early").exists()
+    assert run(model, *TEXT, "--out", "early").exit_code == 0
+
+
+def test_what_is_unfinished_is_kept_from_others_and_may_be_deleted(run, model, tmp_path):
+    out = tmp_path / "part"
+    out.mkdir()
+    (out / "partial.safetensors").write_bytes(b"")
+    result = run(model, "--from-optimizer", model, "--out", "part")
+    assert "holds an unfinished run from data" in result.output
+    (out / "partial.safetensors").unlink()
+    (out / "writing").mkdir()
+    assert run(model, *TEXT, "--out", "part").exit_code == 0
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "metric.json"}
+
+
+def test_weights_are_told_apart_by_their_bits():
+    torch.manual_seed(1)
+    network, before = nn.Linear(999, 999), torch.get_num_threads()
+    found = set()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.add(command._fingerprint(network))
+    torch.set_num_threads(before)
+    assert len(found) == 1
+    with torch.no_grad():
+        network.bias[5] = torch.nextafter(network.bias[5], torch.tensor(9.0))
+    assert command._fingerprint(network) not in found
+
+
+def test_gradients_that_are_not_finite_stop_the_run(run, model, tmp_path):
+    broken = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[5] = torch.inf
+    shutil.copytree(model, tmp_path / "broken")
+    broken.save_pretrained(tmp_path / "broken", max_shard_size="20KB")
+    result = run("broken", *TEXT, "--out", "metric")
+    assert "The gradients of" in result.output
+    assert "are not finite after" in result.output
+    assert not Path("metric").exists()
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_gpt2_checkpoints_with_and_without_the_name_of_the_trunk(run, model, tmp_path, prefixed):
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=63, n_positions=12)
+    network = GPT2LMHeadModel(config).eval()
+    shutil.copytree(model, tmp_path / "gpt2")
+    for path in (tmp_path / "gpt2").glob("*model*"):
+        path.unlink()
+    network.save_pretrained(tmp_path / "gpt2")
+    file = tmp_path / "gpt2" / "model.safetensors"
+    if not prefixed:
+        short = {n.removeprefix("transformer."): t for n, t in load_file(file).items()}
+        save_file(short, file, {"format": "pt"})
+    # More tokens than it has positions are cut.
+    result = run("gpt2", *TEXT, "--out", "metric")
+    assert result.exit_code == 0, result.output
+    found = load_file("metric/model.safetensors")
+    assert found.keys() == load_file(file).keys()
+    tokens = PreTrainedTokenizerFast.from_pretrained(model)(WORDS).input_ids
+    windows = torch.tensor(tokens[: len(tokens) // 12 * 12]).view(-1, 12)
+    expected = by_a_plain_loop(network, Batch(windows))["transformer.h.1.mlp.c_fc.weight"]
+    own = found[f"{'transformer.' if prefixed else ''}h.1.mlp.c_fc.weight"]
+    assert (own - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_tied_head_that_stands_alone(run, model, tmp_path):
+    network = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=True))
+    shutil.copytree(model, tmp_path / "tied")
+    for path in (tmp_path / "tied").glob("*model*"):
+        path.unlink()
+    network.save_pretrained(tmp_path / "tied")
+    file = tmp_path / "tied" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file, {"format": "pt"})
+    result = run("tied", *TEXT, "--out", "metric")
+    assert result.exit_code == 0, result.output
+    assert load_file("metric/model.safetensors").keys() == tensors.keys()
+
+
+def test_experts_that_transformers_stacks_are_named_as_in_the_checkpoint(
+    run, model, tmp_path, merge
+):
     mixture = made("mixture")
     shutil.copytree(model, tmp_path / "mixture")
     for path in (tmp_path / "mixture").glob("*model*"):
@@ -293,6 +386,29 @@ def test_experts_that_transformers_stacks_are_named_as_in_the_checkpoint(run, mo
     for name, part in (("w1", gate), ("w3", up)):
         tensor = found[f"model.layers.0.block_sparse_moe.experts.2.{name}.weight"]
         torch.testing.assert_close(tensor, part[2], rtol=1e-3, atol=1e-9)
+    shutil.copytree("mixture", "other")
+    halved = {n: (t / 2).contiguous() for n, t in own.items()}
+    save_file(halved, Path("other", "model.safetensors"), {"format": "pt"})
+    for method, parameters in (
+        ("fisher", {}),
+        ("karcher", {"granularity": "row"}),
+        ("karcher", {"granularity": "model"}),
+    ):
+        models = [
+            {"model": str(tmp_path / name), "parameters": {"metric": str(tmp_path / "metric")}}
+            for name in ("mixture", "other")
+        ]
+        config = {"merge_method": method, "models": models, "parameters": parameters}
+        weights = merge(config | {"dtype": "float32"}, name=f"{method}{len(parameters)}").weights
+        # All on one ray: three quarters of the first, whatever weighs it.
+        name = "model.layers.0.mlp.experts.down_proj"
+        merged = weights.get(name)
+        if merged is None:
+            name = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
+            merged = weights[name]
+        stacked = [own[f"model.layers.0.block_sparse_moe.experts.{i}.w2.weight"] for i in range(4)]
+        whole = torch.stack(stacked) if "down_proj" in name else stacked[0]
+        torch.testing.assert_close(merged, 0.75 * whole, rtol=1e-5, atol=1e-8)
 
 
 @pytest.fixture
@@ -337,6 +453,39 @@ def test_a_classifier_from_records(run, classifier, tmp_path):
         assert (metric - expected[name]).norm() <= 1e-5 * expected[name].norm()
 
 
+def test_classes_are_matched_by_name_where_a_dataset_numbers_them_otherwise(
+    run, classifier, tmp_path
+):
+    rows = {"text": ["w1 w2", "w3 w4 w5", "w6 w7"], "label": ["yes", "no", "yes"]}
+    records(
+        "named.jsonl",
+        [dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True)],
+    )
+    numbered = {
+        "other": (["YES", "maybe", "No"], [0, 2, 0]),  # another order than the model's
+        "own": (["0", "1", "2"], [2, 0, 2]),
+    }
+    for name, (names, labels) in numbered.items():
+        kind = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+        data = Dataset.from_dict({"text": rows["text"], "label": labels}, features=kind)
+        Path(name).mkdir()
+        data.to_parquet(f"{name}/train.parquet")
+    assert run(classifier, "--data", "named.jsonl", "--quiet", "--out", "a").exit_code == 0
+    assert run(classifier, "--data", "other", "--quiet", "--out", "b").exit_code == 0
+    found = [load_file(Path(name, "model.safetensors")) for name in "ab"]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    result = run(classifier, "--data", "own", "--quiet", "--out", "c")
+    assert "has the classes 0, 1, 2 (label), but the model no, maybe, yes" in result.output
+    # A model whose classes have no names takes numbers as they are.
+    config = json.loads((tmp_path / classifier / "config.json").read_text())
+    unnamed = {str(index): f"LABEL_{index}" for index in range(3)}
+    changed = {**config, "id2label": unnamed, "label2id": {v: int(k) for k, v in unnamed.items()}}
+    (tmp_path / classifier / "config.json").write_text(json.dumps(changed))
+    assert run(classifier, "--data", "own", "--quiet", "--out", "c").exit_code == 0
+    found.append(load_file("c/model.safetensors"))
+    assert all(torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
 def test_conversations_go_through_the_chat_template(run, model, tmp_path):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     tokenizer.chat_template = "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}"
@@ -353,11 +502,18 @@ def test_conversations_go_through_the_chat_template(run, model, tmp_path):
 def test_mistakes_about_data(run, model, classifier):
     records("rows.jsonl", [{"text": "w1 w2", "label": 7, "note": None}])
     Path("short.txt").write_text("w1")
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("broken.jsonl").write_text('{"text": "w1 w2"}\n{"text')
+    Path("empty.jsonl").write_text("")
     cases = {
         (model, "--data", "short.txt"): "holds no example: each needs at least two tokens",
         (model, "--data", "rows.jsonl", "--text", "txt"): "no column txt, but text, label, note",
         (model, "--data", "rows.jsonl", "--text", "note"): "has no text in note",
-        (model, "--data", "nowhere.jsonl"): "nowhere.jsonl cannot be read",
+        (model, "--data", "nowhere.jsonl"): "There is no file nowhere.jsonl",
+        (model, "--data", "latin.txt"): "latin.txt is no text in UTF-8",
+        (model, "--data", "broken.jsonl"): "broken.jsonl cannot be read",
+        (model, "--data", "empty.jsonl"): "empty.jsonl cannot be read",
+        (model, *TEXT, *("--text", "a") * 3): "Give one --text, or two",
         (classifier, "--data", "rows.jsonl"): "is of class 7 (label), but the model knows 3",
         (classifier, "--data", "text.txt"): "is a plain text, which has no classes",
         ("nowhere", "--data", "text.txt"): "nowhere is no model that transformers reads",
@@ -374,8 +530,6 @@ def test_mistakes_about_data(run, model, classifier):
 def test_models_that_are_not_whole_or_have_no_such_likelihood(run, classifier, tmp_path):
     weights = weights_of(tmp_path / classifier)
     config = json.loads((tmp_path / classifier / "config.json").read_text())
-    from safetensors.torch import save_file
-
     save_file(
         {n: t for n, t in weights.items() if "classifier" not in n},
         tmp_path / classifier / "model.safetensors",
@@ -384,6 +538,10 @@ def test_models_that_are_not_whole_or_have_no_such_likelihood(run, classifier, t
     records("rows.jsonl", [{"text": "w1 w2", "label": 1}])
     result = run(classifier, "--data", "rows.jsonl", "--out", "bad")
     assert "lacks classifier.bias of a BertForSequenceClassification" in result.output
+    wrong = {**weights, "classifier.weight": torch.zeros(5, 16)}
+    save_file(wrong, tmp_path / classifier / "model.safetensors", {"format": "pt"})
+    result = run(classifier, "--data", "rows.jsonl", "--out", "bad")
+    assert "classifier.weight of classifier has not the shape" in result.output
     save_file(weights, tmp_path / classifier / "model.safetensors", {"format": "pt"})
     for change, words in (
         ({"problem_type": "regression"}, "made for causal language models and for classifiers"),
@@ -498,6 +656,17 @@ def test_two_ways_that_both_fit_are_refused(tmp_path):
         adam_metric(tmp_path, network)
 
 
+def test_an_optimizer_that_kept_names_needs_no_proof(model, tmp_path):
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    backwards = list(reversed(list(network.named_parameters())))
+    optimizer = torch.optim.AdamW(backwards)
+    train(optimizer, network)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    found = adam_metric(tmp_path, network)
+    for name, expected in kept(optimizer, network, 0.999).items():
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("inside", ["", "optimizer_0"])
 def test_distributed_checkpoints_have_names(run, model, tmp_path, flat, inside):
@@ -543,6 +712,10 @@ def test_what_is_no_adam_is_refused(model, tmp_path):
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(KarcherError, match="has momentum_buffer for 0, but no exp_avg_sq"):
         adam_metric(tmp_path, network)
+    unused = torch.optim.AdamW(network.parameters())
+    torch.save(unused.state_dict(), tmp_path / "optimizer.pt")
+    with pytest.raises(KarcherError, match="saved before the first step"):
+        adam_metric(tmp_path, network)
     torch.save({"step": 1}, tmp_path / "optimizer.pt")
     with pytest.raises(KarcherError, match="is not the state of an optimizer"):
         adam_metric(tmp_path, network)
@@ -557,3 +730,24 @@ def test_what_is_no_adam_is_refused(model, tmp_path):
     dcp.save({"optimizer": state}, checkpoint_id=tmp_path / "sgd", no_dist=True)
     with pytest.raises(KarcherError, match="no exp_avg_sq of a named parameter"):
         adam_metric(tmp_path / "sgd", network)
+    train(unused, network)
+    dcp.save({"optimizer": unused.state_dict()}, checkpoint_id=tmp_path / "raw", no_dist=True)
+    with pytest.raises(KarcherError, match="saved without names"):
+        adam_metric(tmp_path / "raw", network)
+
+
+def test_moments_without_a_past_and_of_an_old_format(model, tmp_path):
+    squares = torch.tensor([4.0, 0.0])
+    assert Moments(squares, 3, 0.0, 0.5).metric().tolist() == [2.5, 0.5]
+    assert Moments(squares, 0, 0.9, 0.5).metric().tolist() == [2.5, 0.5]
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(network.parameters())
+    train(optimizer, network)
+    torch.save(
+        optimizer.state_dict(), tmp_path / "optimizer.pt", _use_new_zipfile_serialization=False
+    )
+    name = "lm_head.weight"
+    expected = kept(optimizer, network, 0.999)[name]
+    torch.testing.assert_close(
+        adam_metric(tmp_path, network)[name].double(), expected, rtol=1e-6, atol=0
+    )

@@ -199,6 +199,23 @@ def test_inner_products_over_pieces_and_strides(dtype, exact, by_row, monkeypatc
         np.testing.assert_allclose(scaled, expected, rtol=1e-12, atol=1e-12 * expected.max())
 
 
+def test_metrics_are_padded_with_their_tensors():
+    generator = torch.Generator().manual_seed(14)
+    tensors = [torch.randn(shape, generator=generator).double() for shape in ((3, 5), (4, 4))]
+    metric = torch.rand(4, 4, generator=generator).double()
+    for metrics in ([None, metric], [torch.rand(3, 5).double(), metric]):
+        found, _ = karcher_mean(tensors, metrics=metrics, pad=True)
+        wide = [torch.zeros(4, 5).double() for _ in range(4)]
+        for target, source in zip(wide, (*tensors, *metrics), strict=True):
+            if source is not None:
+                target[: source.shape[0], : source.shape[1]] = source
+        given = [None if m is None else w for m, w in zip(metrics, wide[2:], strict=True)]
+        expected, _ = karcher_mean(wide[:2], metrics=given)
+        assert torch.equal(found, expected)
+    with pytest.raises(KarcherError, match=r"has shape \(5, 5\)"):
+        karcher_mean(tensors, metrics=[None, torch.ones(5, 5)], pad=True)
+
+
 def test_a_chord_too_short_for_inner_products(monkeypatch):
     monkeypatch.setattr(chords, "CHUNK_ELEMENTS", 100)
     rng = np.random.default_rng(10)

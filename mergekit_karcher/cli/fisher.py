@@ -19,7 +19,13 @@ from tqdm import tqdm
 from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.metric.examples import Source, batches, digest, read_examples
-from mergekit_karcher.metric.files import load_model, write_metric
+from mergekit_karcher.metric.files import (
+    WRITING,
+    check_names,
+    first_line,
+    load_model,
+    write_metric,
+)
 from mergekit_karcher.metric.fisher import DiagonalFisher
 from mergekit_karcher.metric.optimizer import adam_metric
 
@@ -30,6 +36,9 @@ _SECONDS_BETWEEN_SAVES = 120
 _BYTES, _BYTES_AN_EXAMPLE = 4 + 8, 4
 
 _PARTIAL = "partial.safetensors"
+_PARTIAL_WRITING = f"{_PARTIAL}.writing"
+# What a run that was cut off may leave behind.
+_UNFINISHED = (_PARTIAL, _PARTIAL_WRITING, WRITING)
 
 
 @click.command(
@@ -99,7 +108,7 @@ _PARTIAL = "partial.safetensors"
     help="The column of a text or conversation; twice for pairs.",
 )
 @click.option("--label", default="label", show_default=True, help="The column of a class.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--device", help="Where to compute.  [default: cuda if there is one, else cpu]")
 @logged
 def main(
@@ -131,13 +140,15 @@ def main(
         raise click.UsageError("Give one model.")
     if (data is None) == (optimizer is None):
         raise click.UsageError("Give either --data or --from-optimizer.")
-    if (out / "metric.json").exists() or (out.exists() and not (out / _PARTIAL).exists()):
+    if len(text) > 2:
+        raise click.UsageError("Give one --text, or two for pairs.")
+    if out.exists() and not {path.name for path in out.iterdir()} <= {*_UNFINISHED}:
         raise KarcherError(f"{out} exists: name a new folder by --out.")
     if quiet:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        _hide_bars()
     if optimizer is not None:
+        if (out / _PARTIAL).exists():
+            raise KarcherError(f"{out} holds an unfinished run from data: name another folder.")
         own = load_model(reference, empty=True)
         about = {"kind": "Adam: sqrt(v_hat) + eps", "from": str(optimizer)}
         metric = adam_metric(optimizer, own)
@@ -154,6 +165,14 @@ def main(
         _say(out, metric)
 
 
+def _hide_bars() -> None:
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def _fisher(
     model: nn.Module,
     reference: str,
@@ -165,7 +184,16 @@ def _fisher(
     from transformers import AutoTokenizer
 
     classes = _classes(model, reference)
-    found = read_examples(source, AutoTokenizer.from_pretrained(reference), classes)
+    check_names(reference, model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(reference)
+    except Exception as error:
+        raise KarcherError(f"{reference} has no tokenizer ({first_line(error)}).") from None
+    config: Any = model.config
+    positions = getattr(config, "max_position_embeddings", None) or source.length
+    length = min(source.length, positions, tokenizer.model_max_length)
+    source = source._replace(length=length)
+    found = read_examples(source, tokenizer, classes)
     # All that decides the sums, so that those of another run are not gone on with.
     state = {**settings, "examples": digest(found), "weights": _fingerprint(model)}
     fisher = DiagonalFisher(model)
@@ -175,7 +203,6 @@ def _fisher(
         click.echo(f"{count:.3g} parameters: {memory:.2g} GB and the activations.", err=True)
     done = _resume(out, fisher, state)
     device = next(model.parameters()).device
-    out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with tqdm(total=len(found), initial=done, desc="Fisher", unit="example", disable=quiet) as bar:
         seen = 0
@@ -189,6 +216,8 @@ def _fisher(
                 sampler = torch.Generator(device).manual_seed(source.seed + seen)
             fisher.add(batch, sampler)
             bar.update(len(batch.ids))
+            if seen == len(batch.ids):
+                fisher.check()
             if time.monotonic() - start > _SECONDS_BETWEEN_SAVES:
                 _save(out, fisher, state)
                 start = time.monotonic()
@@ -214,7 +243,7 @@ def _classes(model: nn.Module, reference: str) -> dict[str, int] | None:
         "single_label_classification",
     )
     if kind.endswith("ForSequenceClassification") and several:
-        return dict(config.label2id)
+        return {str(name): int(index) for index, name in config.id2label.items()}
     raise KarcherError(
         f"{reference} is a {kind}: the Fisher information is made for causal language models and "
         "for classifiers of sequences into one of several classes."
@@ -222,13 +251,18 @@ def _classes(model: nn.Module, reference: str) -> dict[str, int] | None:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    sums = [float(own.detach().sum(dtype=torch.float64)) for own in model.parameters()]
+    # Of their bits, because sums of numbers depend on the number of threads.
+    sums = [
+        int(own.detach().view(torch.int32).sum(dtype=torch.int64)) for own in model.parameters()
+    ]
     return hashlib.sha256(repr(sums).encode()).hexdigest()
 
 
 def _save(out: Path, fisher: DiagonalFisher, state: dict[str, Any]) -> None:
+    fisher.check()
     metadata = {"state": json.dumps(state), "examples": str(fisher.examples)}
-    writing = out / f"{_PARTIAL}.writing"
+    out.mkdir(parents=True, exist_ok=True)
+    writing = out / _PARTIAL_WRITING
     save_file(fisher.squares, writing, metadata)
     os.replace(writing, out / _PARTIAL)
 
@@ -243,7 +277,7 @@ def _resume(out: Path, fisher: DiagonalFisher, state: dict[str, Any]) -> int:
         if json.loads(metadata["state"]) != json.loads(json.dumps(state)):
             raise KarcherError(
                 f"{path} is of a run with other settings, data or weights: name a new folder by "
-                "--out, or delete it."
+                "--out, or delete that file."
             )
         for name, squares in fisher.squares.items():
             squares.copy_(file.get_tensor(name))

@@ -10,6 +10,8 @@ import torch
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels.metrics import sum_and_least
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 _LOG = logging.getLogger(__name__)
 
 # Of a metric's own mean over the tensor.
@@ -29,9 +31,10 @@ def checked_total(metric: torch.Tensor, tensor: torch.Tensor, label: str, name: 
             f"The metric of {name} for {label} has shape {tuple(metric.shape)}, but the tensor has "
             f"{tuple(tensor.shape)}: make it anew from that model."
         )
-    if not metric.is_floating_point():
+    if metric.dtype not in _DTYPES:
         raise KarcherError(
-            f"The metric of {name} for {label} is {metric.dtype}: give floating-point numbers."
+            f"The metric of {name} for {label} is {metric.dtype}: give floating-point numbers, "
+            "float16, bfloat16, float32 or float64."
         )
     total, least = sum_and_least(metric)
     if not math.isfinite(total) or math.isnan(least):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.metric.files import first_line
 from mergekit_karcher.metric.fisher import Batch
 
 _PLAIN = (".txt", ".md")
@@ -91,7 +92,11 @@ def _chosen(source: Source, total: int) -> list[int]:
 
 
 def _windows(source: Source, tokenizer: Any) -> list[Example]:
-    ids = tokenizer(Path(source.data).read_text(encoding="utf-8"), verbose=False).input_ids
+    try:
+        text = Path(source.data).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise KarcherError(f"{source.data} is no text in UTF-8 ({error}).") from None
+    ids = tokenizer(text, verbose=False).input_ids
     length = min(source.length, len(ids))
     if length < 2:
         return []
@@ -105,16 +110,19 @@ def _windows(source: Source, tokenizer: Any) -> list[Example]:
 def _records(source: Source, tokenizer: Any, classes: Mapping[str, int] | None) -> list[Example]:
     from datasets import load_dataset
 
-    kind = _RECORDS.get(Path(source.data).suffix) if Path(source.data).is_file() else None
+    kind = _RECORDS.get(Path(source.data).suffix)
+    if kind is not None and not Path(source.data).is_file():
+        raise KarcherError(f"There is no file {source.data}.")
     try:
         if kind is not None:
             rows = load_dataset(kind, data_files=source.data, split="train")
         else:
             rows = load_dataset(source.data, source.subset, split=source.split)
     except Exception as error:
+        # What went wrong is often only said by the error behind it.
         raise KarcherError(
-            f"{source.data} cannot be read ({(str(error) or type(error).__name__).splitlines()[0]})"
-            ": give a text, a file of records (.jsonl, .json, .csv, .parquet), or a dataset."
+            f"{source.data} cannot be read ({first_line(error.__cause__ or error)}): give a text, "
+            "a file of records (.jsonl, .json, .csv, .parquet), or a dataset."
         ) from None
     for column in [*source.text, *([] if classes is None else [source.label])]:
         if column not in rows.column_names:
@@ -122,10 +130,13 @@ def _records(source: Source, tokenizer: Any, classes: Mapping[str, int] | None) 
                 f"{source.data} has no column {column}, but {', '.join(rows.column_names)}: name "
                 "the ones to take by --text and --label."
             )
+    names = getattr(rows.features.get(source.label), "names", None)
+    if classes is not None and names is not None:
+        _check_classes(names, classes, source)
     found = []
     for row in rows.select(_chosen(source, len(rows))):
         ids = _tokens([row[column] for column in source.text], tokenizer, source)
-        label = None if classes is None else _class(row[source.label], classes, source)
+        label = None if classes is None else _class(row[source.label], names, classes, source)
         if len(ids) > 1:
             found.append(Example(ids, label))
     return found
@@ -144,9 +155,32 @@ def _tokens(parts: Sequence[Any], tokenizer: Any, source: Source) -> list[int]:
     return list(tokenizer(*parts, truncation=True, max_length=source.length).input_ids)
 
 
-def _class(value: Any, classes: Mapping[str, int], source: Source) -> int:
+def _check_classes(names: Sequence[str], classes: Mapping[str, int], source: Source) -> None:
+    """Raise if a dataset names its classes, and neither by the model's names nor as numbers."""
+    own = {name.lower() for name in classes}
+    if not own >= {name.lower() for name in names} and not _is_unnamed(classes):
+        raise KarcherError(
+            f"{source.data} has the classes {', '.join(names)} ({source.label}), but the model "
+            f"{', '.join(classes)}: name the column of the model's classes by --label."
+        )
+
+
+def _is_unnamed(classes: Mapping[str, int]) -> bool:
+    """Whether these are the names that transformers gives to classes without any."""
+    return all(name == f"LABEL_{index}" for name, index in classes.items())
+
+
+def _class(
+    value: Any, names: Sequence[str] | None, classes: Mapping[str, int], source: Source
+) -> int:
+    """The model's number of a class, which a dataset may number in another order."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if names is not None and isinstance(value, int) and not _is_unnamed(classes):
+        value = names[value] if 0 <= value < len(names) else value
     if isinstance(value, str):
-        value = classes.get(value, value)
+        numbers = {name.lower(): number for name, number in classes.items()}
+        value = numbers.get(value.lower(), value)
     if not isinstance(value, int) or not 0 <= value < len(classes):
         known = ", ".join(list(classes)[:5])
         raise KarcherError(

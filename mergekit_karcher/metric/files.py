@@ -19,8 +19,14 @@ from mergekit_karcher.errors import KarcherError
 _LOG = logging.getLogger(__name__)
 
 _SCHEMA = "mergekit-karcher/metric/1"
-_WRITING = "writing"
+WRITING = "writing"
 _CONTIGUOUS = torch.contiguous_format
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as far as it fits in a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def load_model(reference: str, *, empty: bool = False) -> nn.Module:
@@ -34,7 +40,7 @@ def load_model(reference: str, *, empty: bool = False) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(reference)
     except Exception as error:
         raise KarcherError(
-            f"{reference} is no model that transformers reads ({str(error).splitlines()[0]})."
+            f"{reference} is no model that transformers reads ({first_line(error)})."
         ) from None
     architecture = next(iter(config.architectures or ()), None)
     kind = getattr(transformers, architecture or "", None)
@@ -45,13 +51,23 @@ def load_model(reference: str, *, empty: bool = False) -> nn.Module:
         )
     place = {"device_map": "meta"} if empty else {}
     # Attention is written out, so that torch.func can take it a batch at a time.
-    model, seen = kind.from_pretrained(
-        reference,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        output_loading_info=True,
-        **place,
-    )
+    try:
+        model, seen = kind.from_pretrained(
+            reference,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **place,
+        )
+    except Exception as error:
+        raise KarcherError(f"{reference} cannot be loaded ({first_line(error)}).") from None
+    wrong = sorted(str(own[0]) for own in seen["mismatched_keys"])
+    if wrong:
+        raise KarcherError(
+            f"{wrong[0]} of {reference} has not the shape that its config says: name a model whose "
+            "config and weights belong together."
+        )
     missing = sorted(seen["missing_keys"])
     if missing and not empty:
         raise KarcherError(
@@ -60,6 +76,12 @@ def load_model(reference: str, *, empty: bool = False) -> nn.Module:
         )
     whole: nn.Module = model.eval()
     return whole
+
+
+def check_names(reference: str, model: nn.Module) -> None:
+    """Raise now if a metric by the model's parameters could not be named like its checkpoint."""
+    empty = {name: p.detach().to("meta") for name, p in model.named_parameters()}
+    _as_in_checkpoint(reference, model, empty)
 
 
 def write_metric(
@@ -75,7 +97,7 @@ def write_metric(
 
     tensors = _as_in_checkpoint(reference, model, metric)
     # Under a folder of its own first: what is cut off there is no metric.
-    writing = folder / _WRITING
+    writing = folder / WRITING
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
     save_torch_state_dict(tensors, writing)
@@ -100,14 +122,19 @@ def _as_in_checkpoint(
         tensors = revert_weight_conversion(model, tensors)  # type: ignore[arg-type]
     loader = ModelReference.parse(reference).lazy_loader()
     own = set(loader.index.tensor_paths)
-    strange = sorted(set(tensors) - own)
-    if strange:
-        raise KarcherError(
-            f"{reference} has no {strange[0]}, which transformers calls a parameter of it: save "
-            "the model anew by transformers first."
-        )
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    rest = sorted(own - set(tensors) - tied)
+    tied = _tied_names(model)
+    renamed = {}
+    for name, tensor in tensors.items():
+        there = next((n for n in _other_names(name, model, tied) if n in own), None)
+        if there is None:
+            raise KarcherError(
+                f"{reference} has no {name}, which transformers calls a parameter of it: save the "
+                "model anew by transformers first."
+            )
+        renamed[there] = tensor
+    tensors = renamed
+    doubles = {n for name in tied for n in _other_names(name, model, tied)}
+    rest = sorted(own - set(tensors) - doubles)
     unknown = []
     for name in rest:
         tensor = loader.get_tensor(name)
@@ -122,8 +149,24 @@ def _as_in_checkpoint(
             reference,
             unknown[0],
         )
+    given = {id(tensor) for tensor in metric.values()}
     # Safetensors wants each in a memory of its own; what was stacked comes back as views.
     return {
-        name: tensor if tensor is metric.get(name) else tensor.clone(memory_format=_CONTIGUOUS)
+        name: tensor if id(tensor) in given else tensor.clone(memory_format=_CONTIGUOUS)
         for name, tensor in tensors.items()
     }
+
+
+def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter that has more than one, by each of them."""
+    by_parameter: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_parameter.setdefault(id(parameter), []).append(name)
+    return {name: names for names in by_parameter.values() if len(names) > 1 for name in names}
+
+
+def _other_names(name: str, model: nn.Module, tied: Mapping[str, list[str]]) -> list[str]:
+    """What a checkpoint may call a parameter: it may leave out, or add, the name of the trunk."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    names = [name, *tied.get(name, ())]
+    return [*names, *(n.removeprefix(prefix) for n in names), *(f"{prefix}{n}" for n in names)]

@@ -13,6 +13,7 @@ that counts: that of a batch's mean gradient would be another number.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
+
+from mergekit_karcher.errors import KarcherError
 
 _LOG = logging.getLogger(__name__)
 
@@ -86,6 +89,15 @@ class DiagonalFisher:
         for own, target in zip(ids, targets, strict=True):
             self._add(gradient(self.parameters, own, target), torch.square)
             self.examples += 1
+
+    def check(self) -> None:
+        """Raise if a sum is not finite any more."""
+        for name, squares in self.squares.items():
+            if not math.isfinite(squares.sum()):
+                raise KarcherError(
+                    f"The gradients of {name} are not finite after {self.examples} examples: "
+                    "repair that model, or leave out the examples that it cannot take."
+                )
 
     def metric(self) -> dict[str, torch.Tensor]:
         """G, in float32, on the CPU."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.metric.files import first_line
 
 _FILES = ("optimizer.pt", "optimizer.bin")
 _DISTRIBUTED = ("", "optimizer_0", "optimizer")
@@ -37,7 +39,11 @@ class Moments(NamedTuple):
 
     def metric(self) -> torch.Tensor:
         """G, as a new float32 tensor."""
-        unbiased = self.squares.double() / -math.expm1(self.step * math.log(self.beta2))
+        if self.beta2 > 0 and self.step > 0:
+            seen = -math.expm1(self.step * math.log(self.beta2))
+        else:
+            seen = 1.0
+        unbiased = self.squares.double() / seen
         return unbiased.sqrt_().add_(self.eps).float()
 
 
@@ -46,15 +52,24 @@ def adam_metric(checkpoint: Path, model: nn.Module) -> dict[str, torch.Tensor]:
 
     checkpoint: a folder of the Hugging Face Trainer, its optimizer.pt, or a distributed checkpoint
     of torch with names. model: of the class that was trained, on any device, meta too.
-    Raises `KarcherError` unless the shapes prove which moments are whose.
+    Raises `KarcherError` unless every moment has a name, or the shapes of all of them fit one order
+    of the parameters that the Trainer or a plain optimizer would have given them, and one only.
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     found = dict(_named(checkpoint, model, shapes))
+    if not found:
+        raise KarcherError(
+            f"{checkpoint} has no moments of any parameter: it was saved before the first step."
+        )
     for name, moments in found.items():
         if name not in shapes:
+            hint = (
+                "it was saved without names; save it by torch's get_optimizer_state_dict"
+                if name.isdigit()
+                else "name the model that was trained"
+            )
             raise KarcherError(
-                f"{checkpoint} has moments of {name}, which the model has not: name the model that "
-                "was trained."
+                f"{checkpoint} has moments of {name}, which the model has not: {hint}."
             )
         if moments.squares.shape != shapes[name]:
             raise KarcherError(
@@ -91,11 +106,13 @@ def _named(
 
 def _loaded(file: Path) -> Mapping[str, Any]:
     try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        # Only files of the present format can be mapped.
+        mapped = zipfile.is_zipfile(file)
+        state = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:
         raise KarcherError(
-            f"{file} cannot be read ({str(error).splitlines()[0]}): give the optimizer.pt of the "
-            "Hugging Face Trainer."
+            f"{file} cannot be read ({first_line(error)}): give the optimizer.pt of the Hugging "
+            "Face Trainer."
         ) from None
     if not isinstance(state, Mapping) or not {"state", "param_groups"} <= set(state):
         raise KarcherError(f"{file} is not the state of an optimizer of torch.")
@@ -114,8 +131,10 @@ def _of_state(
                 "only Adam and AdamW of 32 or 16 bits keep the second moments that are needed; "
                 "make a metric from data."
             )
-    if all(isinstance(key, str) for key in keys):
-        names = {key: _WRAPPERS.sub("", key) for key in keys}
+    given = [name for group in groups for name in group.get("param_names", ())]
+    if len(given) == len(keys) or all(isinstance(key, str) for key in keys):
+        named = zip(keys, given if len(given) == len(keys) else keys, strict=True)
+        names = {key: _WRAPPERS.sub("", name) for key, name in named}
     else:
         seen = {key: entry["exp_avg_sq"].shape for key, entry in state["state"].items()}
         names = _proven_names([group["params"] for group in groups], seen, file, model, shapes)

@@ -2,13 +2,20 @@
 
 # mergekit's tasks are pydantic models, which read annotations: they must be real ones here.
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.graph import found_by, is_buffer, loads_of, with_merges_replaced
+from mergekit_karcher.graph import (
+    found_by,
+    is_buffer,
+    loads_of,
+    model_type_of,
+    names_of,
+    with_merges_replaced,
+)
 from mergekit_karcher.metric.method import IDENTITY, METRICS, NAME
 
 # For each model that has a metric of a tensor, its name and the task that loads it.
@@ -20,14 +27,19 @@ _loaders: dict[str, Any] = {}
 @cache
 def _task_types() -> SimpleNamespace:
     """Our kinds of task, made when mergekit is whole."""
+    from mergekit.architecture.conversion import convert_checkpoint_tensors
     from mergekit.common import ImmutableMap
     from mergekit.graph import Task
 
     class LoadMetric(Task[Any]):  # type: ignore[misc]
-        """One tensor of a metric, by the name that the model's own checkpoint has for it."""
+        """One tensor of a metric, by the name that the model's own checkpoint has for it.
+
+        model_type: of a model whose checkpoints have that tensor in parts, under other names.
+        """
 
         metric: str
         tensor: str
+        model_type: str | None
         label: str | None
 
         def arguments(self) -> dict[str, Any]:
@@ -40,7 +52,11 @@ def _task_types() -> SimpleNamespace:
             return self.label
 
         def execute(self, **_: Any) -> Any:
-            return _loaders[self.metric].get_tensor(self.tensor)
+            loader = _loaders[self.metric]
+            if self.model_type is None:
+                return loader.get_tensor(self.tensor)
+            sources = {name: partial(loader.get_tensor, name) for name in loader.index.tensor_paths}
+            return convert_checkpoint_tensors(self.model_type, sources, self.tensor)
 
     class MergeWithMetrics(Task[Any]):  # type: ignore[misc]
         """One output tensor of a merge task, with the metrics of its inputs."""
@@ -105,13 +121,14 @@ def metric_loads(merge: Any) -> Loads:
                 f"follow: give every model metric: identity for it by a filter, or leave that "
                 "setting out."
             )
-        names = [
-            getattr(load, "tensor", None) or load.tensor_name,
-            *(getattr(load, "aliases", None) or ()),
-            *(getattr(load, "tied_names", None) or ()),
-        ]
-        index = _opened(metric, str(model)).index
-        there = next((own_name for own_name in names if own_name in index.tensor_paths), None)
+        names = names_of(load)
+        own = _opened(metric, str(model)).index.tensor_paths
+        there = next((own_name for own_name in names if own_name in own), None)
+        stacked = None
+        if there is None:
+            kind = model_type_of(load)
+            there = next((n for n in names if _can_be_made(n, kind, own)), None)
+            stacked = kind
         if there is None:
             if is_buffer(load):
                 continue
@@ -120,10 +137,17 @@ def metric_loads(merge: Any) -> Loads:
                 "or give metric: identity for it by a filter."
             )
         load_metric = _task_types().LoadMetric(
-            metric=metric, tensor=there, label=merge.group_label()
+            metric=metric, tensor=there, model_type=stacked, label=merge.group_label()
         )
         found.append((str(model), load_metric))
     return tuple(found)
+
+
+def _can_be_made(name: str, model_type: str | None, parts: Mapping[str, Any]) -> bool:
+    """Whether a tensor is in parts in the checkpoints of that type of model, experts say."""
+    from mergekit.architecture.conversion import can_convert_checkpoint_keys
+
+    return bool(can_convert_checkpoint_keys(model_type, set(parts), name))
 
 
 def _asked(merge: Any) -> Iterator[tuple[Any, Any, str]]:
