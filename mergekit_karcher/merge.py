@@ -144,7 +144,9 @@ def karcher_mean(
     group = Group("the tensor", tensors, labels, base)
     if metrics is not None:
         check_weights(values, labels, group.name)
-        group = in_metric(group, metrics, values, floor)
+        group, seen = in_metric(group, metrics, values, floor)
+        if not seen:
+            warn_of_zeros(group.name)
         if group.metric is not None and floor == 0 and any(t.requires_grad for t in tensors):
             raise KarcherError("Gradients through a mean in a metric need a floor above 0.")
     (merged,), mean = merge([group], values, settings)
@@ -199,21 +201,17 @@ def in_metric(
     floor: float,
     *,
     whole: bool = False,
-) -> Group:
-    """A group whose mean is taken in the metric that its inputs share.
+) -> tuple[Group, bool]:
+    """A group whose mean is taken in the metric that its inputs share; whether that is not zero.
 
-    A flat one changes no mean, and is left out; whole: unless this is a part of larger vectors,
-    where it weighs that part against the others. One that is zero everywhere leaves it no weight
-    there; elsewhere it is told of, and left out.
+    A flat one, zeros too, changes no mean, and is left out; whole: unless this is a part of larger
+    vectors, where it weighs that part against the others.
     """
     shared = shared_metric(
         group.tensors, metrics, weights, floor=floor, labels=group.labels, name=group.name
     )
-    if shared.tensors or whole:
-        return group._replace(metric=shared)
-    if shared.constant == 0:
-        warn_of_zeros(group.name)
-    return group
+    seen = bool(shared.tensors) or shared.constant > 0
+    return group._replace(metric=shared) if shared.tensors or whole else group, seen
 
 
 def measure(

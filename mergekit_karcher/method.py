@@ -34,7 +34,14 @@ from mergekit_karcher.merge import (
 )
 from mergekit_karcher.metric.checks import FLOOR, check_floor
 from mergekit_karcher.observe import observed
-from mergekit_karcher.summary import is_watched, label, observe, record, warn_of_16_bits
+from mergekit_karcher.summary import (
+    is_watched,
+    label,
+    note_zero_metrics,
+    observe,
+    record,
+    warn_of_16_bits,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -218,13 +225,17 @@ def build_method(name: str) -> Any:
                 )
             found = [metrics.get(entry.id) for entry in entries]
             device = own.tensors[0].device
-            return in_metric(
+            whole = parameters["granularity"] == "model"
+            own, seen = in_metric(
                 own,
                 [None if metric is None else metric.to(device) for metric in found],
                 parameters["weight"].values_for(entries),
                 parameters["floor"],
-                whole=parameters["granularity"] == "model",
+                whole=whole,
             )
+            if not seen and not whole:
+                note_zero_metrics(own.name)
+            return own
 
         def _entries(self, group: TensorGroup, around_base: bool) -> Any:
             return group.non_base if around_base else group.entries

@@ -16,12 +16,11 @@ from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.graph import found_by, loads_of
 from mergekit_karcher.merge import check_weights
 from mergekit_karcher.method import NAMES, check_uniform, no_base
-from mergekit_karcher.metric.method import NAME as FISHER
-from mergekit_karcher.metric.plan import has_metric, with_metrics
+from mergekit_karcher.metric_tasks import has_metric, warn_of_mixed_metrics, with_metrics
 from mergekit_karcher.report.files import make_folder
 from mergekit_karcher.report.planned import planned_of
 from mergekit_karcher.report.task import with_report
-from mergekit_karcher.summary import Stage, begin, label
+from mergekit_karcher.summary import FISHER, Stage, begin, label
 from mergekit_karcher.whole_model import with_one_mean
 
 _LOG = logging.getLogger(__name__)
@@ -102,18 +101,21 @@ def _parameter_names(part: Any, place: str) -> Iterator[tuple[str, bool, str]]:
 
 def _looked_at(tasks: Any, config: Any, out_path: str) -> Any:
     """The plan, checked, its summary begun, and rebuilt where a mean needs all tensors."""
-    if config.merge_method == FISHER:
-        return with_metrics(tasks, [*_merge_tasks(tasks, (FISHER,))])
-    if config.merge_method not in NAMES:
-        if os.environ.get(_REPORT):
-            _LOG.warning(
-                "%s is set, but only merges by karcher write a report: for %s use "
-                "mergekit-karcher report.",
-                _REPORT,
-                config.merge_method,
-            )
-        return tasks
     title = os.path.basename(os.path.abspath(out_path))
+    if config.merge_method not in NAMES and os.environ.get(_REPORT):
+        _LOG.warning(
+            "%s is set, but only merges by karcher write a report: for %s use mergekit-karcher "
+            "report.",
+            _REPORT,
+            config.merge_method,
+        )
+    if config.merge_method == FISHER:
+        merges = [*_merge_tasks(tasks, (FISHER,))]
+        _name_inputs(begin(title, method=FISHER), merges)
+        warn_of_mixed_metrics(merges)
+        return with_metrics(tasks, merges)
+    if config.merge_method not in NAMES:
+        return tasks
     folder = _report_folder(title)
     merges, stage = looked_at(tasks, title, watched=folder is not None)
     first = next(iter(merges), None)
@@ -133,11 +135,10 @@ def looked_at(tasks: Any, title: str, *, watched: bool) -> tuple[list[Any], Stag
     """The merge tasks of our method in a plan, checked, and the summary that they begin."""
     stage = begin(title, watched=watched)
     merges = [*_merge_tasks(tasks)]
+    _name_inputs(stage, merges)
+    warn_of_mixed_metrics(merges)
     for task in merges:
         name = task.output_weight.name
-        inputs = {str(model): name for model in task.model_order}
-        inputs |= {str(model): weight.name for model, weight in _weights_read(task)}
-        stage.inputs[name] = inputs
         around_base = task.parameters["origin"] == "base"
         if around_base and task.base_model not in task.model_order:
             raise no_base(name)
@@ -149,6 +150,15 @@ def looked_at(tasks: Any, title: str, *, watched: bool) -> tuple[list[Any], Stag
         check_uniform([{"weight": _weights(task), **task.parameters} for task in merges])
         _check_metrics(merges)
     return merges, stage
+
+
+def _name_inputs(stage: Stage, merges: Sequence[Any]) -> None:
+    """Tell the summary what each input of each output tensor is called in its own model."""
+    for task in merges:
+        name = task.output_weight.name
+        inputs = {str(model): name for model in task.model_order}
+        inputs |= {str(model): weight.name for model, weight in _weights_read(task)}
+        stage.inputs[name] = inputs
 
 
 def _report_folder(title: str) -> Path | None:

@@ -121,7 +121,7 @@ def _build(name: str) -> Any:
     if OLDEST_MERGEKIT <= numbers < FIRST_UNTESTED_MERGEKIT:
         try:
             if name == "fisher":
-                from mergekit_karcher.metric.method import build_fisher
+                from mergekit_karcher.fisher_method import build_fisher
 
                 return build_fisher()
             from mergekit_karcher.method import build_method

@@ -19,16 +19,19 @@ _LOG = logging.getLogger(__name__)
 
 _NAMES_SHOWN = 5
 
+# The methods whose merges are summed up.
+KARCHER, FISHER = "karcher", "fisher"
+
 
 class Stage:
     """The tensors that one planned merge has produced so far; safe to record from any thread.
 
     watched: whether to keep what a report needs, observations and means (over the inputs that have
-    a weight), by output tensor.
+    a weight), by output tensor. method: the name of the merge method.
     """
 
-    def __init__(self, title: str, watched: bool) -> None:
-        self.title = title
+    def __init__(self, title: str, watched: bool, method: str) -> None:
+        self.title, self.method = title, method
         self.watched = watched
         self.observations: dict[str, Observation] = {}
         self.means: dict[str, KarcherMean] = {}
@@ -43,38 +46,53 @@ class Stage:
             "not converged": [],
         }
         self._incomplete: list[str] = []
+        self._zero_metrics: list[str] = []
 
     def observe(self, observation: Observation) -> None:
         with self._lock:
             self.observations[observation.name] = observation
 
-    def record(self, name: str, mean: KarcherMean, present: int) -> None:
+    def note_zero_metrics(self, name: str) -> None:
+        with self._lock:
+            if name in self.inputs:
+                self._zero_metrics.append(name)
+
+    def record(self, name: str, mean: KarcherMean | None, present: int) -> None:
+        """Count a tensor, with its Karcher mean if it has one."""
         with self._lock:
             inputs = self.inputs.pop(name, None)
             if inputs is None:  # of another merge, not of this plan
                 return
+            self._merged += 1
+            if present < len(inputs):
+                self._incomplete.append(name)
+            if mean is None:
+                return
             if self.watched:
                 self.means[name] = mean
-            self._merged += 1
             if not np.isnan(mean.angles).all():
                 self._largest_angle = max(self._largest_angle, float(np.nanmax(mean.angles)))
             if mean.status is Status.NOT_UNIQUE:
                 self._flagged["fell back to the linear mean"].append(name)
             elif not mean.unique:
                 self._flagged["not certified unique"].append(name)
-            if present < len(inputs):
-                self._incomplete.append(name)
             if mean.status is Status.NOT_CONVERGED:
                 self._flagged["not converged"].append(name)
 
     def lines(self) -> Iterator[str]:
         """The summary, then at most one line of names for each thing to look at."""
-        counts = ", ".join(f"{len(names)} {what}" for what, names in self._flagged.items())
-        degrees = math.degrees(self._largest_angle)
-        yield (
-            f"karcher {self.title}: {self._merged} tensors merged, "
-            f"largest angle to the mean {degrees:.3g} degrees, {counts}."
-        )
+        found = f"{self.method} {self.title}: {self._merged} tensors merged"
+        if self.method == FISHER:
+            yield f"{found}, each parameter weighed by the metrics of its models."
+        else:
+            counts = ", ".join(f"{len(names)} {what}" for what, names in self._flagged.items())
+            degrees = math.degrees(self._largest_angle)
+            yield f"{found}, largest angle to the mean {degrees:.3g} degrees, {counts}."
+        if self._zero_metrics:
+            yield (
+                f"  metrics zero in every model, merged as without any: "
+                f"{_listed(self._zero_metrics)}"
+            )
         for what, names in self._flagged.items():
             if names:
                 yield f"  {what}: {_listed(names)}"
@@ -95,14 +113,14 @@ _current: Stage | None = None
 _warned_of: object = _LOG
 
 
-def begin(title: str, *, watched: bool = False) -> Stage:
+def begin(title: str, *, watched: bool = False, method: str = KARCHER) -> Stage:
     """Start the summary of a merge that has been planned; later records belong to it.
 
     Inside one of mergekit's own commands it is printed when the command ends well, unless it was
     told to be quiet. A line printed during the merge would land on the progress bar.
     """
     global _current
-    _current = Stage(title, watched)
+    _current = Stage(title, watched, method)
     context = click.get_current_context(silent=True)
     mergekits = context is not None and (context.command.name or "").startswith("mergekit-")
     if context is not None and mergekits and not context.params.get("quiet"):
@@ -131,11 +149,17 @@ def observe(observation: Observation) -> None:
         _current.observe(observation)
 
 
-def record(group: Group, mean: KarcherMean) -> None:
+def record(group: Group, mean: KarcherMean | None) -> None:
     """Count one merged tensor, if a planned merge is under way."""
     if _current is not None:
         present = len(group.tensors) + (group.base is not None)
         _current.record(group.name, mean, present)
+
+
+def note_zero_metrics(name: str) -> None:
+    """Remember a tensor whose metrics are zero in every model."""
+    if _current is not None:
+        _current.note_zero_metrics(name)
 
 
 def warn_of_16_bits(name: str, dtypes: Iterable[str]) -> None:

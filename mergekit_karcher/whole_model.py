@@ -15,7 +15,7 @@ from typing import Any
 
 from mergekit_karcher.graph import only_tied, with_merges_replaced
 from mergekit_karcher.maths.mean import KarcherMean
-from mergekit_karcher.metric.plan import Loads, asked_of, metric_loads, metrics_of
+from mergekit_karcher.metric_tasks import Loads, asked_of, metric_loads, metrics_of
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from conftest import llama, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mergekit_karcher import fisher_mean
+from mergekit_karcher import fisher_mean, karcher_mean
+from mergekit_karcher.cli.main import main
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels import precision
 
@@ -220,6 +223,11 @@ def test_a_real_merge_reads_metrics_beside_the_weights(with_metrics, merge):
         exact = sum(p * i[name].double() for p, i in zip(wide, inputs, strict=True)) / sum(wide)
         torch.testing.assert_close(found.double(), exact, rtol=2**-23, atol=1e-12)
     assert "Fisher-weighted mean" in (outcome.out / "README.md").read_text()
+    count = len(outcome.weights)
+    assert (
+        f"fisher merged: {count} tensors merged, each parameter weighed by the metrics of its "
+        "models." in outcome.output
+    )
 
 
 def test_slices_take_the_metric_of_the_inputs_own_layer(with_metrics, merge):
@@ -274,6 +282,88 @@ def test_identity_by_filter_and_mistakes_while_planning(with_metrics, merge, tmp
     misspelt = config_for(models, metrics)
     misspelt["models"][0]["parameters"]["metrik"] = "x"
     assert "did you mean metric?" in merge(misspelt, name="misspelt").output
+
+
+def test_zeros_in_every_model_are_named_once_at_the_end(with_metrics, merge, tmp_path):
+    models, _, tensors = zip(*with_metrics[:2], strict=True)
+    metrics = []
+    for index, metric in enumerate(tensors):
+        folder = tmp_path / f"zeros{index}"
+        folder.mkdir()
+        own = {name: 0 * t if "up_proj" in name else t for name, t in metric.items()}
+        save_file(own, folder / "model.safetensors")
+        metrics.append(str(folder))
+    for method in ("fisher", "karcher"):
+        config = config_for(models, metrics) | {"merge_method": method}
+        outcome = merge(config, name=method)
+        (line,) = [line for line in outcome.output.splitlines() if "zero in every" in line]
+        names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
+        assert line.startswith("  metrics zero in every model, merged as without any: ")
+        assert sorted(line.split(": ")[1].split(", ")) == names
+        given = [weights_of(model)[names[0]] for model in models]
+        mean = (given[0].double() + given[1]) / 2
+        if method == "karcher":
+            mean = karcher_mean(given)[0].double()
+        torch.testing.assert_close(outcome.weights[names[0]].double(), mean, rtol=1e-7, atol=0)
+
+
+def test_what_metrics_say_of_themselves_is_compared(with_metrics, merge, tmp_path, caplog):
+    models, metrics, _ = zip(*with_metrics, strict=True)
+    copies = [shutil.copytree(metric, tmp_path / f"c{i}") for i, metric in enumerate(metrics)]
+
+    def say(index, **about):
+        (copies[index] / "metric.json").write_text(json.dumps(about))
+
+    def warnings(method):
+        caplog.clear()
+        merge(config_for(models, map(str, copies)) | {"merge_method": method}, name=method)
+        return caplog.text
+
+    for index in range(3):
+        say(index, kind="Fisher", length=64, model=models[index])
+    for method in ("fisher", "karcher"):
+        assert "metric" not in warnings(method)
+    say(1, kind="Fisher", length=128, model=models[1])
+    assert "were made in different ways" in warnings("karcher")
+    say(1, kind="Fisher", length=64, model=models[2])
+    assert f"of {models[1]} was made of {models[2]}" in warnings("fisher")
+
+
+def test_the_report_on_a_config_takes_its_metrics(with_metrics, tmp_path):
+    models, metrics, _ = zip(*with_metrics, strict=True)
+    found = {}
+    for method, own in (("fisher", metrics), ("karcher", metrics), ("plain", [""] * 3)):
+        config = config_for(models, own) | {"merge_method": method.replace("plain", "karcher")}
+        file = tmp_path / f"{method}.yml"
+        file.write_text(yaml.safe_dump(config))
+        result = CliRunner().invoke(main, ["report", str(file), "--json"])
+        assert result.exit_code == 0, result.output
+        found[method] = json.loads(result.stdout)
+    assert found["fisher"]["tensors"] == found["karcher"]["tensors"] != found["plain"]["tensors"]
+    assert "The config asks for fisher" in found["fisher"]["verdict"]
+
+
+def test_a_base_that_takes_part_needs_a_metric(with_metrics, merge):
+    models, metrics, _ = zip(*with_metrics, strict=True)
+    outcome = merge(config_for(models[:2], metrics[:2], base_model=models[2]))
+    assert "or origin: base, where the base takes no part" in outcome.output
+
+
+def test_the_card_names_no_path_of_a_metric(with_metrics, merge, tmp_path):
+    models, metrics, _ = zip(*with_metrics, strict=True)
+    filtered = [[{"filter": "mlp", "value": metric}, {"value": metric}] for metric in metrics]
+    config = config_for(models, filtered) | {"merge_method": "karcher"}
+    outcome = merge(config)
+    file = tmp_path / "again.yml"
+    file.write_text(yaml.safe_dump(config))
+    geometry = str(outcome.out / "geometry")
+    for arguments in (["report", str(file), "--out", geometry], ["card", str(outcome.out)]):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+    for name in ("README.md", "mergekit_config.yml"):
+        text = (outcome.out / name).read_text()
+        assert not any(metric in text for metric in metrics)
+        assert "value: g1" in text
 
 
 def test_a_permuted_vocabulary_is_refused(merge, tmp_path):

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -270,13 +271,38 @@ def test_an_interrupted_run_goes_on_where_it_was(run, model, tmp_path, monkeypat
             assert run(model, *TEXT, *options, "--out", part).exit_code == 1
             assert [path.name for path in Path(part).iterdir()] == ["partial.safetensors"]
             refused = run(model, *TEXT, *options, "--out", part, "--seed", 5)
-            assert "of a run with other settings, data or weights" in refused.output
+            assert "is of a run with other seed: name" in refused.output
             assert run(model, *TEXT, *options, "--out", part).exit_code == 0
         assert sum(calls) == 25 + calls[3]
         metrics = [load_file(Path(name, "model.safetensors")) for name in (whole, part)]
         assert all(torch.equal(metrics[0][name], metrics[1][name]) for name in metrics[0])
         assert {path.name for path in Path(part).iterdir()} == {"model.safetensors", "metric.json"}
         assert f"{part} exists" in run(model, *TEXT, *options, "--out", part).output
+
+
+def test_a_signal_to_stop_is_heeded_at_the_end_of_a_batch(run, model, monkeypatch):
+    run(model, *TEXT, "--out", "whole")
+    calls = []
+    add = DiagonalFisher.add
+
+    def asking(self, batch, sampler=None):
+        calls.append(len(batch.ids))
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)
+        add(self, batch, sampler)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(DiagonalFisher, "add", asking)
+        result = run(model, *TEXT, "--out", "part")
+        assert "Stopped after 5 of 25 examples, which are kept in part" in result.output
+        assert signal.getsignal(signal.SIGINT) is before
+        # The size of a batch may be another when it goes on.
+        assert run(model, *TEXT, "--batch-size", 7, "--out", "part").exit_code == 0
+    assert calls == [1] * 5 + [7, 7, 6]
+    found = [load_file(Path(name, "model.safetensors")) for name in ("whole", "part")]
+    for name, own in found[0].items():
+        torch.testing.assert_close(found[1][name], own, rtol=1e-4, atol=1e-12)
 
 
 def test_a_run_that_is_cut_off_before_its_first_save_leaves_nothing(run, model, monkeypatch):
@@ -501,6 +527,7 @@ def test_conversations_go_through_the_chat_template(run, model, tmp_path):
 
 def test_mistakes_about_data(run, model, classifier):
     records("rows.jsonl", [{"text": "w1 w2", "label": 7, "note": None}])
+    records("chat.jsonl", [{"text": [{"role": "user", "content": "w2 w3"}]}])
     Path("short.txt").write_text("w1")
     Path("latin.txt").write_bytes(b"caf\xe9")
     Path("broken.jsonl").write_text('{"text": "w1 w2"}\n{"text')
@@ -508,7 +535,9 @@ def test_mistakes_about_data(run, model, classifier):
     cases = {
         (model, "--data", "short.txt"): "holds no example: each needs at least two tokens",
         (model, "--data", "rows.jsonl", "--text", "txt"): "no column txt, but text, label, note",
-        (model, "--data", "rows.jsonl", "--text", "note"): "has no text in note",
+        (model, "--data", "rows.jsonl", "--text", "note"): "holds no example",
+        (model, "--data", "rows.jsonl", "--text", "label"): "label of rows.jsonl holds int, not",
+        (model, "--data", "chat.jsonl"): "cannot be written as text",
         (model, "--data", "nowhere.jsonl"): "There is no file nowhere.jsonl",
         (model, "--data", "latin.txt"): "latin.txt is no text in UTF-8",
         (model, "--data", "broken.jsonl"): "broken.jsonl cannot be read",
@@ -518,7 +547,7 @@ def test_mistakes_about_data(run, model, classifier):
         (classifier, "--data", "text.txt"): "is a plain text, which has no classes",
         ("nowhere", "--data", "text.txt"): "nowhere is no model that transformers reads",
         (model,): "Give either --data or --from-optimizer",
-        ("--data", "text.txt"): "Give one model",
+        ("--data", "text.txt"): "Give one model, as the argument or by --model",
     }
     for arguments, words in cases.items():
         result = run(*arguments, "--out", "bad")

@@ -244,7 +244,7 @@ def test_a_whole_model_is_one_vector_of_all_its_tensors_and_metrics():
             weights,
             FLOOR,
             whole=True,
-        )
+        )[0]
         for index, (tensors, metrics) in enumerate(parts)
     ]
     found, mean = merge(groups, weights, Settings(granularity="model"))

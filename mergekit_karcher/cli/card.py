@@ -10,7 +10,7 @@ import click
 import yaml
 from huggingface_hub import ModelCard
 
-from mergekit_karcher.cli.config import MODEL_KEYS, named_in, read_config
+from mergekit_karcher.cli.config import MODEL_KEYS, metrics_in, named_in, read_config
 from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.report.files import JSON, copy, plots_in, read
@@ -131,7 +131,8 @@ def _names(config: Path, report: Report) -> dict[str, str]:
             f"The report is not on the merge that {config} describes"
             f"{': that has no ' + ', '.join(sorted(missing)) if missing else ''}; write it anew."
         )
-    names = {}
+    metrics = list(metrics_in(document))
+    names = {path: n for path, n in short_names(metrics, is_local).items() if path != n}
     for reference in references:
         pieces = zip(reference.split("+"), short[reference].split("+"), strict=True)
         names.update({path: name for path, name in pieces if path != name})

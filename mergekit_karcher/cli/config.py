@@ -43,3 +43,23 @@ def named_in(part: Any, keys: tuple[str, ...] = MODEL_KEYS) -> Iterator[str]:
                 yield value
             else:
                 yield from named_in(value, keys)
+
+
+def metrics_in(part: Any) -> Iterator[str]:
+    """Every metric, however filters and layers may choose it."""
+    if isinstance(part, list):
+        for item in part:
+            yield from metrics_in(item)
+    elif isinstance(part, dict):
+        for key, value in part.items():
+            yield from _strings(value) if key == "metric" else metrics_in(value)
+
+
+def _strings(setting: Any) -> Iterator[str]:
+    if isinstance(setting, str):
+        yield setting
+    elif isinstance(setting, list):
+        for item in setting:
+            yield from _strings(item)
+    elif isinstance(setting, dict):
+        yield from _strings(setting.get("value"))

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +141,7 @@ def main(
     """
     reference = model or named
     if reference is None or (model and named):
-        raise click.UsageError("Give one model.")
+        raise click.UsageError("Give one model, as the argument or by --model.")
     if (data is None) == (optimizer is None):
         raise click.UsageError("Give either --data or --from-optimizer.")
     if len(text) > 2:
@@ -157,8 +161,7 @@ def main(
         source = Source(data, subset, split, text, label, length, count, seed)
         own = load_model(reference)
         own.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        settings = {**source._asdict(), "model": reference, "true": sampled, "batch": batch_size}
-        metric, about = _fisher(own, reference, source, settings, out, quiet)
+        metric, about = _fisher(own, reference, source, sampled, batch_size, out, quiet)
     write_metric(out, reference, own, metric, about)
     (out / _PARTIAL).unlink(missing_ok=True)
     if not quiet:
@@ -177,7 +180,8 @@ def _fisher(
     model: nn.Module,
     reference: str,
     source: Source,
-    settings: dict[str, Any],
+    sampled: bool,
+    batch_size: int,
     out: Path,
     quiet: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -194,42 +198,71 @@ def _fisher(
     length = min(source.length, positions, tokenizer.model_max_length)
     source = source._replace(length=length)
     found = read_examples(source, tokenizer, classes)
+    settings = {**source._asdict(), "model": reference, "true": sampled}
     # All that decides the sums, so that those of another run are not gone on with.
     state = {**settings, "examples": digest(found), "weights": _fingerprint(model)}
     fisher = DiagonalFisher(model)
+    tokens = sum(len(example.ids) for example in found)
     if not quiet:
         count = sum(parameter.numel() for parameter in model.parameters())
-        memory = (_BYTES + _BYTES_AN_EXAMPLE * settings["batch"]) * count / 1e9
-        click.echo(f"{count:.3g} parameters: {memory:.2g} GB and the activations.", err=True)
+        memory = (_BYTES + _BYTES_AN_EXAMPLE * batch_size) * count / 1e9
+        click.echo(
+            f"{len(found)} examples of {len(found[-1].ids)} tokens at most, {count:.3g} "
+            f"parameters: {memory:.2g} GB of memory, and the activations.",
+            err=True,
+        )
     done = _resume(out, fisher, state)
     device = next(model.parameters()).device
     start = time.monotonic()
-    with tqdm(total=len(found), initial=done, desc="Fisher", unit="example", disable=quiet) as bar:
-        seen = 0
-        for batch in batches(found, settings["batch"]):
-            seen += len(batch.ids)
-            if seen <= done:
-                continue
+    bar = tqdm(total=len(found), initial=done, desc="Fisher", unit="example", disable=quiet)
+    with bar, _asked_to_stop() as asked:
+        # It goes on at the end of a batch, where every sum is of the same examples.
+        for batch in batches(found[done:], batch_size):
             sampler = None
-            if settings["true"]:
+            if sampled:
                 # By place, so that a run that goes on draws what it would have drawn.
-                sampler = torch.Generator(device).manual_seed(source.seed + seen)
+                sampler = torch.Generator(device).manual_seed(source.seed + fisher.examples)
             fisher.add(batch, sampler)
             bar.update(len(batch.ids))
-            if seen == len(batch.ids):
+            if fisher.examples == len(batch.ids):
                 fisher.check()
-            if time.monotonic() - start > _SECONDS_BETWEEN_SAVES:
+            if asked or time.monotonic() - start > _SECONDS_BETWEEN_SAVES:
                 _save(out, fisher, state)
                 start = time.monotonic()
+            if asked:
+                raise KarcherError(
+                    f"Stopped after {fisher.examples} of {len(found)} examples, which are kept in "
+                    f"{out}: run the same command again to go on."
+                )
     _save(out, fisher, state)
-    kind = "true" if settings["true"] else "empirical"
+    kind = "true" if sampled else "empirical"
     about = {
         "kind": f"diagonal {kind} Fisher information",
         **source._asdict(),
         "examples": len(found),
-        "tokens": sum(len(example.ids) for example in found),
+        "tokens": tokens,
     }
     return fisher.metric(), about
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """Signals to stop that have come, which are left to the end of a batch; the second is not."""
+    asked: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, _frame: Any) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _classes(model: nn.Module, reference: str) -> dict[str, int] | None:
@@ -274,10 +307,12 @@ def _resume(out: Path, fisher: DiagonalFisher, state: dict[str, Any]) -> int:
         return 0
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-        if json.loads(metadata["state"]) != json.loads(json.dumps(state)):
+        before, now = json.loads(metadata["state"]), json.loads(json.dumps(state))
+        other = [key for key in now if now[key] != before.get(key)]
+        if other:
             raise KarcherError(
-                f"{path} is of a run with other settings, data or weights: name a new folder by "
-                "--out, or delete that file."
+                f"{path} is of a run with other {', '.join(other)}: name a new folder by --out, or "
+                "delete that file."
             )
         for name, squares in fisher.squares.items():
             squares.copy_(file.get_tensor(name))

@@ -22,11 +22,13 @@ from mergekit_karcher.report.build import build
 from mergekit_karcher.report.names import RAW_SUFFIXES, is_local
 from mergekit_karcher.report.planned import planned_of
 from mergekit_karcher.report.schema import Report
+from mergekit_karcher.summary import FISHER
 from mergekit_karcher.whole_model import means_only
 
 _OURS = "karcher"
-# What our method reads of the config of another one.
+# What karcher reads of the config of another method; fisher's has metrics as well.
 _SHARED_WITH_OTHERS = ("weight",)
+_SHARED_WITH_FISHER = ("weight", "metric", "floor")
 
 
 def report_on(path: Path, options: Any) -> Report:
@@ -34,7 +36,7 @@ def report_on(path: Path, options: Any) -> Report:
 
     path: a config of mergekit-yaml or mergekit-pytorch, of any merge method: of another one the
     models are taken, their weights without sign, and the base, as origin of the tensors that two
-    more models share with it.
+    more models share with it; of fisher the metrics, too.
     options: mergekit's MergeOptions. Holds one tensor of each model at a time.
     Raises `KarcherError` for what a merge with our method would refuse.
     """
@@ -43,7 +45,8 @@ def report_on(path: Path, options: Any) -> Report:
     _check_devices(options)
     asked_for = str(document.get("merge_method"))
     if asked_for not in NAMES:
-        document = _stripped(document) | {"merge_method": _OURS}
+        shared = _SHARED_WITH_FISHER if asked_for == FISHER else _SHARED_WITH_OTHERS
+        document = _stripped(document, shared) | {"merge_method": _OURS}
     paths = list(named_in(document))
     for model in paths:
         place = model.split("+")[0].split("@")[0]
@@ -93,7 +96,9 @@ def _as_ours(task: Any) -> Any:
     if not any(counted):
         weights = dict.fromkeys(weights, 1.0)
     inputs = {
-        model: ImmutableMap(data={"weight": weight, "metric": ""})
+        model: ImmutableMap(
+            data={"weight": weight, "metric": merge.input_parameters[model]["metric"]}
+        )
         for model, weight in weights.items()
     }
     changed = {
@@ -103,15 +108,15 @@ def _as_ours(task: Any) -> Any:
     return task.model_copy(update={"tensor_task": merge.model_copy(update=changed)})
 
 
-def _stripped(part: Any) -> Any:
+def _stripped(part: Any, shared: Sequence[str]) -> Any:
     if isinstance(part, list):
-        return [_stripped(item) for item in part]
+        return [_stripped(item, shared) for item in part]
     if not isinstance(part, dict):
         return part
     return {
-        key: {k: v for k, v in (value or {}).items() if k in _SHARED_WITH_OTHERS}
+        key: {k: v for k, v in (value or {}).items() if k in shared}
         if key == "parameters"
-        else _stripped(value)
+        else _stripped(value, shared)
         for key, value in part.items()
     }
 

@@ -14,7 +14,7 @@ from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.metric.files import first_line
 from mergekit_karcher.metric.fisher import Batch
 
-_PLAIN = (".txt", ".md")
+_TEXTS = (".txt", ".md")
 _RECORDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -28,8 +28,8 @@ class Example(NamedTuple):
 class Source(NamedTuple):
     """Where examples come from.
 
-    data: a text, which is cut into windows of length tokens; a file of records (.jsonl, .json,
-        .csv, .parquet); or a dataset, a folder or of the Hub. subset, split: of that dataset.
+    data: a file of records (.jsonl, .json, .csv, .parquet); any other file, a text which is cut
+        into windows of length tokens; or a dataset, a folder or of the Hub. subset, split: of it.
     text: the columns of a record that are its text, one or a pair; a conversation (a list of
         messages) goes through the tokenizer's chat template. label: the column of its class.
     length: tokens of an example at most. most: examples at most, drawn at random with seed.
@@ -48,13 +48,15 @@ class Source(NamedTuple):
 def read_examples(
     source: Source, tokenizer: Any, classes: Mapping[str, int] | None
 ) -> list[Example]:
-    """The examples of a source, the shortest first.
+    """The examples of a source, the shortest first; records without text are left out.
 
     classes: of a classifier, by name; None for a language model. Raises `KarcherError` for what
     cannot be read.
     """
     path = Path(source.data)
-    if path.suffix in _PLAIN and path.is_file():
+    if path.suffix in (*_TEXTS, *_RECORDS) and not path.is_file():
+        raise KarcherError(f"There is no file {path}.")
+    if path.is_file() and path.suffix not in _RECORDS:
         if classes is not None:
             raise KarcherError(
                 f"{path} is a plain text, which has no classes: give records (.jsonl, .csv, "
@@ -108,16 +110,16 @@ def _windows(source: Source, tokenizer: Any) -> list[Example]:
 
 
 def _records(source: Source, tokenizer: Any, classes: Mapping[str, int] | None) -> list[Example]:
-    from datasets import load_dataset
+    import datasets
 
     kind = _RECORDS.get(Path(source.data).suffix)
-    if kind is not None and not Path(source.data).is_file():
-        raise KarcherError(f"There is no file {source.data}.")
+    # What it logs comes back as an error.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         if kind is not None:
-            rows = load_dataset(kind, data_files=source.data, split="train")
+            rows = datasets.load_dataset(kind, data_files=source.data, split="train")
         else:
-            rows = load_dataset(source.data, source.subset, split=source.split)
+            rows = datasets.load_dataset(source.data, source.subset, split=source.split)
     except Exception as error:
         # What went wrong is often only said by the error behind it.
         raise KarcherError(
@@ -144,13 +146,21 @@ def _records(source: Source, tokenizer: Any, classes: Mapping[str, int] | None) 
 
 def _tokens(parts: Sequence[Any], tokenizer: Any, source: Source) -> list[int]:
     if isinstance(parts[0], list):
-        text = tokenizer.apply_chat_template(parts[0], tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(parts[0], tokenize=False)
+        except Exception as error:
+            raise KarcherError(
+                f"A conversation of {source.data} cannot be written as text ({first_line(error)}): "
+                "take a column of text by --text, or a model with a chat template."
+            ) from None
         ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return list(ids[: source.length])
+    if any(part is None for part in parts):
+        return []
     if not all(isinstance(part, str) for part in parts):
         raise KarcherError(
-            f"A record of {source.data} has no text in {', '.join(source.text)}: leave such "
-            "records out."
+            f"{', '.join(source.text)} of {source.data} holds {type(parts[0]).__name__}, not text: "
+            "name a column of text by --text."
         )
     return list(tokenizer(*parts, truncation=True, max_length=source.length).input_ids)
 

@@ -45,6 +45,22 @@ def fisher_mean(
     count = len(tensors)
     labels = labels or [f"input {index}" for index in range(count)]
     shares = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    merged, seen = precision_weighted(tensors, metrics, shares, floor, labels, name)
+    if not seen:
+        warn_of_zeros(name)
+    return merged
+
+
+def precision_weighted(
+    tensors: Sequence[torch.Tensor],
+    metrics: Sequence[torch.Tensor | None],
+    shares: Sequence[float],
+    floor: float,
+    labels: Sequence[str],
+    name: str,
+) -> tuple[torch.Tensor, bool]:
+    """The same, and whether any metric is more than zeros."""
+    count = len(tensors)
     if len(metrics) != count or len(shares) != count:
         raise KarcherError(f"{name} needs one metric and one weight for each of {count} tensors.")
     check_floor(floor)
@@ -65,9 +81,8 @@ def fisher_mean(
         if total == 0:
             empty.append(index)
     used = [index for index in chosen if index not in empty]
-    own = list(metrics)
-    if not used:
-        warn_of_zeros(name)
+    own, seen = list(metrics), bool(used)
+    if not seen:
         used, own = chosen, [None] * count
     dtype = reduce(torch.promote_types, (tensors[index].dtype for index in chosen))
     if len(used) == 1:
@@ -84,7 +99,7 @@ def fisher_mean(
         # A mean is not finite only where one of its inputs is not; a sum is quicker to look at.
         for index in used:
             _check_finite(tensors[index], labels[index], name)
-    return merged
+    return merged, seen
 
 
 def _check_tensor(tensor: torch.Tensor, first: torch.Tensor, label: str, name: str) -> None:

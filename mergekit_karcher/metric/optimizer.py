@@ -59,7 +59,8 @@ def adam_metric(checkpoint: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     found = dict(_named(checkpoint, model, shapes))
     if not found:
         raise KarcherError(
-            f"{checkpoint} has no moments of any parameter: it was saved before the first step."
+            f"{checkpoint} has no moments of any parameter: it was saved before the first step, or "
+            "is not Adam's."
         )
     for name, moments in found.items():
         if name not in shapes:

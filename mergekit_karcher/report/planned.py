@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergekit_karcher.graph import only_tied
-from mergekit_karcher.metric.plan import has_metric
+from mergekit_karcher.metric_tasks import has_metric
 from mergekit_karcher.observe import ROUNDOFF
 from mergekit_karcher.report.build import Planned
 from mergekit_karcher.report.names import is_local, short_names

@@ -142,7 +142,8 @@ def _task_vectors(report: Report) -> list[str]:
         f"Their task vectors are {degrees(mean)} degrees apart{average}{doubt}: averaging keeps "
         f"{percent(view.linear_length)} % of their length, origin: base {_keeps(report)}."
     )
-    return [sentence, _EVIDENCE] if mean > _AGREEING else [sentence]
+    known_of = mean > _AGREEING and not report.settings.in_metric
+    return [sentence, _EVIDENCE] if known_of else [sentence]
 
 
 def _not_unique(tensors: Sequence[Tensor]) -> list[str]:

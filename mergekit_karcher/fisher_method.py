@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.merge import Group
 from mergekit_karcher.metric.checks import FLOOR
-from mergekit_karcher.metric.mean import fisher_mean
+from mergekit_karcher.metric.mean import precision_weighted
+from mergekit_karcher.summary import FISHER, label, note_zero_metrics, record
 
-NAME = "fisher"
+NAME = FISHER
 IDENTITY = "identity"
 # The extra parameter that the plan adds: the metrics themselves, by model.
 METRICS = "metrics"
@@ -99,18 +101,20 @@ def build_fisher() -> Any:
                 )
             # Weights that sum to one leave of the base what is subtracted of it.
             entries = group.non_base if origin == "base" else group.entries
-            return fisher_mean(
-                [entry.tensor for entry in entries],
-                [
-                    found.to(entry.tensor.device)
-                    if (found := metrics.get(entry.id)) is not None
-                    else None
-                    for entry in entries
-                ],
+            tensors = [entry.tensor for entry in entries]
+            labels = [label(name, str(entry.id)) for entry in entries]
+            own = [metrics.get(entry.id) for entry in entries]
+            merged, seen = precision_weighted(
+                tensors,
+                [None if m is None else m.to(tensors[0].device) for m in own],
                 weight.values_for(entries),
-                floor=floor,
-                labels=[str(entry.id) for entry in entries],
-                name=name,
+                floor,
+                labels,
+                name,
             )
+            if not seen:
+                note_zero_metrics(name)
+            record(Group(name, [entry.tensor for entry in group.entries], labels), None)
+            return merged
 
     return FisherMerge()

@@ -1,6 +1,9 @@
 """Metrics in mergekit's graph: one more load beside that of each input."""
 
 # mergekit's tasks are pydantic models, which read annotations: they must be real ones here.
+import json
+import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -8,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.fisher_method import IDENTITY, METRICS, NAME
 from mergekit_karcher.graph import (
     found_by,
     is_buffer,
@@ -16,10 +20,11 @@ from mergekit_karcher.graph import (
     names_of,
     with_merges_replaced,
 )
-from mergekit_karcher.metric.method import IDENTITY, METRICS, NAME
 
 # For each model that has a metric of a tensor, its name and the task that loads it.
 Loads = tuple[tuple[str, Any], ...]
+
+_LOG = logging.getLogger(__name__)
 
 _loaders: dict[str, Any] = {}
 
@@ -95,6 +100,36 @@ def with_metrics(tasks: Sequence[Any], merges: Sequence[Any]) -> list[Any]:
     )
 
 
+def warn_of_mixed_metrics(merges: Sequence[Any]) -> None:
+    """Say what the metrics of a plan tell of themselves, where that cannot be what was meant."""
+    used = {(str(model), metric) for merge in merges for model, _, metric in _asked(merge)}
+    made: dict[str, str] = {}
+    models = {os.path.realpath(model): model for model, _ in used}
+    for model, metric in sorted(used):
+        about = _about(metric)
+        if about is None:
+            continue
+        made[model] = ", ".join(str(about[key]) for key in ("kind", "length") if key in about)
+        origin = models.get(os.path.realpath(about.get("model", "")))
+        if origin is not None and origin != model:
+            _LOG.warning("The metric %s of %s was made of %s.", metric, model, origin)
+    if len(set(made.values())) > 1:
+        _LOG.warning(
+            "The metrics of this merge were made in different ways (%s): their scales differ, and "
+            "act like weights.",
+            "; ".join(f"{model}: {how}" for model, how in made.items()),
+        )
+
+
+def _about(metric: str) -> dict[str, Any] | None:
+    """What `mergekit-karcher fisher` said of a metric in a folder here."""
+    try:
+        found: dict[str, Any] = json.loads((Path(metric) / "metric.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
 def has_metric(merge: Any) -> bool:
     """Whether a merge task is to weigh parameters: by what any of its inputs says."""
     return bool(merge.method_name == NAME or any(metric for _, _, metric in _asked(merge)))
@@ -111,9 +146,11 @@ def metric_loads(merge: Any) -> Loads:
         if metric == IDENTITY:
             continue
         if not metric:
+            apart = " (or origin: base, where the base takes no part)"
             raise KarcherError(
                 f"{name} needs a metric for {model}: give the folder or file of one under its "
-                "parameters, or metric: identity."
+                "parameters, in the list of models, or metric: identity"
+                f"{apart if model == merge.base_model else ''}."
             )
         if permuted:
             raise KarcherError(
