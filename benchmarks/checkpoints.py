@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from contestants import FINE_TUNE_ANGLE
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -39,6 +42,14 @@ def write_checkpoints(folder: Path, parameters: int, models: int) -> tuple[list[
     for path in folders:
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return folders, _size(width)
+
+
+def write_tokenizer(model: Path) -> None:
+    """One token a byte."""
+    letters = sorted(ByteLevel.alphabet())
+    core = Tokenizer(BPE({letter: index for index, letter in enumerate(letters)}, merges=[]))
+    core.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(model)
 
 
 def write_metric(model: Path, folder: Path) -> None:

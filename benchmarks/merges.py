@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from checkpoints import write_checkpoints, write_metric
+from checkpoints import write_checkpoints, write_metric, write_tokenizer
 from contestants import BUILTIN, LINEAR, OURS
 from rows import Row, interleave, quantiles, timed_rows
 
@@ -27,6 +27,7 @@ START_UP = "start-up"
 
 _SCRIPTS = Path(sysconfig.get_path("scripts"))
 WHOLE_MODEL = f"{OURS}, model"
+PLAIN_LOOP = "plain loop"
 FISHER, IN_METRIC, ROWS_IN_METRIC = "fisher", f"{OURS}, metric", f"{OURS}, row, metric"
 _METHODS = {OURS: "karcher", WHOLE_MODEL: "karcher", LINEAR: "linear", BUILTIN: "karcher"}
 _SAMPLE_SECONDS = 0.02
@@ -94,6 +95,39 @@ def metrics(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]
         calls = {c: partial(_in_metric, c, *how, folder, models) for c, how in methods.items()}
         case = {"parameters": f"{total / 1e9:.3g}e9", "models": MODELS, "metrics": "float32"}
         yield from _rows(case, interleave(calls, dict.fromkeys(calls, rounds)), "metrics")
+
+
+def making(parameters: int, scratch: Path | None, rounds: int, count: int = 32) -> Iterator[Row]:
+    """`mergekit-karcher fisher` on windows of a text, against a loop of backward passes."""
+    length = 128
+    with tempfile.TemporaryDirectory(prefix="karcher-benchmark-", dir=scratch) as name:
+        folder = Path(name)
+        (model,), total = write_checkpoints(folder, parameters, 1)
+        write_tokenizer(model)
+        text = folder / "text.txt"
+        text.write_text("".join(chr(97 + i * i % 23) for i in range(length * count)))
+        ours = ["fisher", model, "--data", text, "--length", length, "--examples", count]
+        loop = [Path(__file__).with_name("plain_fisher.py"), model, text, length, count]
+        calls = {
+            PLAIN_LOOP: partial(_made, "python", loop, folder),
+            **{
+                f"batch {size}": partial(
+                    _made, "mergekit-karcher", [*ours, "--batch-size", size, "--out"], folder
+                )
+                for size in (1, 4)
+            },
+        }
+        case = {"parameters": f"{total / 1e9:.3g}e9", "examples": count, "tokens": length}
+        yield from _rows(case, interleave(calls, dict.fromkeys(calls, rounds)), "making")
+
+
+def _made(command: str, arguments: Sequence[Any], folder: Path) -> dict[str, float]:
+    out = folder / "out"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    words = [*map(str, arguments), str(out)]
+    measured = watch(words, folder / "log", environment, command=command)
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    return measured
 
 
 def _in_metric(

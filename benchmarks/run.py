@@ -20,13 +20,23 @@ from error import error
 from geometries import geometries
 from kernels import QUICK, Sizes, kernels
 from long_runs import long_runs
-from merges import merges, metrics, reports
+from merges import making, merges, metrics, reports
 from rows import Row
 from scratch import scratch
 from table import markdown
 
 RESULTS = Path(__file__).with_name("results.json")
-SECTIONS = ("kernels", "geometries", "long", "scratch", "error", "merges", "reports", "metrics")
+SECTIONS = (
+    "kernels",
+    "geometries",
+    "long",
+    "scratch",
+    "error",
+    "merges",
+    "reports",
+    "metrics",
+    "making",
+)
 
 
 def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
@@ -42,6 +52,9 @@ def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
         return scratch(512 if quick else 4096)
     if section == "error":
         return error((2,), (1e-8, 0.7)) if quick else error()
+    if section == "making":
+        size, rounds = (4_000_000, 1) if quick else (100_000_000, 3)
+        return making(options.params or size, options.scratch, rounds)
     parameters = options.params or (20_000_000 if quick else 1_000_000_000)
     whole = {"reports": reports, "metrics": metrics, "merges": merges}[section]
     # Metrics are two more models' worth of files for each.

@@ -8,7 +8,7 @@ from typing import Any
 
 from contestants import BUILTIN, CONTESTANTS, LINEAR, OURS
 from geometries import BASE, ROW, ROW_BASE, TENSOR
-from merges import MERGE
+from merges import MERGE, PLAIN_LOOP
 from rows import Row
 
 _TIMES = "Minimum / median / 90 % of the rounds; quotients are of times in one round."
@@ -87,6 +87,18 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
         (
             ("s", "", "seconds"),
             ("/ merge", "", "over", MERGE),
+            ("peak RSS, MB", "", "peak_rss_mb"),
+            ("peak anonymous, MB", "", "peak_anonymous_mb"),
+            ("load average", "", "load_average"),
+        ),
+    ),
+    "making": (
+        "Making a metric",
+        f"{_TIMES} Whole processes: the diagonal Fisher information of a Llama-type model with "
+        "random weights in float32, by `mergekit-karcher fisher` and by a loop of backward passes.",
+        (
+            ("s", "", "seconds"),
+            ("/ loop", "", "over", PLAIN_LOOP),
             ("peak RSS, MB", "", "peak_rss_mb"),
             ("peak anonymous, MB", "", "peak_anonymous_mb"),
             ("load average", "", "load_average"),

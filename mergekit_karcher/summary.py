@@ -55,6 +55,12 @@ class Stage:
     def note_zero_metrics(self, name: str) -> None:
         with self._lock:
             if name in self.inputs:
+                if not self._zero_metrics:
+                    _LOG.warning(
+                        "The metrics of %s are zero in every model: it is merged as without any, "
+                        "and so are others like it.",
+                        name,
+                    )
                 self._zero_metrics.append(name)
 
     def record(self, name: str, mean: KarcherMean | None, present: int) -> None:

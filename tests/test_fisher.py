@@ -284,7 +284,7 @@ def test_identity_by_filter_and_mistakes_while_planning(with_metrics, merge, tmp
     assert "did you mean metric?" in merge(misspelt, name="misspelt").output
 
 
-def test_zeros_in_every_model_are_named_once_at_the_end(with_metrics, merge, tmp_path):
+def test_zeros_in_every_model_are_named_once_at_the_end(with_metrics, merge, tmp_path, caplog):
     models, _, tensors = zip(*with_metrics[:2], strict=True)
     metrics = []
     for index, metric in enumerate(tensors):
@@ -295,8 +295,10 @@ def test_zeros_in_every_model_are_named_once_at_the_end(with_metrics, merge, tmp
         metrics.append(str(folder))
     for method in ("fisher", "karcher"):
         config = config_for(models, metrics) | {"merge_method": method}
+        caplog.clear()
         outcome = merge(config, name=method)
-        (line,) = [line for line in outcome.output.splitlines() if "zero in every" in line]
+        assert caplog.text.count("zero in every model: it is merged as without any") == 1
+        (line,) = [line for line in outcome.output.splitlines() if "  metrics zero in" in line]
         names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
         assert line.startswith("  metrics zero in every model, merged as without any: ")
         assert sorted(line.split(": ")[1].split(", ")) == names

