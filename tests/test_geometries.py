@@ -444,7 +444,8 @@ def test_gradients_of_many_blocks_of_rows(monkeypatch):
 def test_both_names_have_every_parameter():
     for name in ("karcher", "karcher_mean"):
         known = [parameter.name for parameter in get(name).spec.parameters]
-        assert known == ["weight", "granularity", "origin", "magnitude", "max_iter", "tol"]
+        shared = ["granularity", "origin", "magnitude", "floor", "max_iter", "tol"]
+            assert known == ["weight", "metric", *shared]
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])

@@ -375,7 +375,11 @@ BAD_SETTINGS = [
     ({}, {"max_iter": "many"}, ["max_iter is 'many'"]),
     ({"max_iter": 5}, {}, ["max_iter stands under {model}", "belongs to the whole merge"]),
     ({}, {"max_iters": 5}, ["Unknown parameter max_iters", "did you mean max_iter?"]),
-    ({}, {"lambda": 5}, ["Unknown parameter lambda", "it knows weight, granularity, origin"]),
+    (
+        {},
+        {"lambda": 5},
+        ["Unknown parameter lambda", "it knows weight, metric, granularity, origin"],
+    ),
     ({}, {"weight": 0}, ["All weights", "zero", "embed_tokens", "positive weight"]),
     ({"weight": [1, -1]}, {}, ["weight of {model}", "mlp", "-1.0"]),
 ]
