@@ -445,7 +445,7 @@ def test_both_names_have_every_parameter():
     for name in ("karcher", "karcher_mean"):
         known = [parameter.name for parameter in get(name).spec.parameters]
         shared = ["granularity", "origin", "magnitude", "floor", "max_iter", "tol"]
-            assert known == ["weight", "metric", *shared]
+        assert known == ["weight", "metric", *shared]
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
