@@ -467,11 +467,8 @@ class _Job:
         for here, block in self.blocks(group):
             products = self._products(block, by_row=self.by_row(group), exact=exact)
             means = _solved(products.first(count), self.weights, self.settings)
-            # Products of 16-bit values are exact already, unless a metric scales them.
-            rounded = block.metric is not None or any(
-                tensor.dtype == torch.float32 for tensor in block.tensors
-            )
-            if rounded and not exact and np.any(means.angles > _WIDE_ANGLE):
+            single = any(tensor.dtype == torch.float32 for tensor in block.tensors)
+            if single and not exact and np.any(means.angles > _WIDE_ANGLE):
                 products = self._products(block, by_row=self.by_row(group), exact=True)
                 means = _solved(products.first(count), self.weights, self.settings)
             if self.watch is not None:
@@ -565,7 +562,8 @@ class _Merge(torch.autograd.Function):
 def _with_upstream(group: Group, gradient: torch.Tensor) -> Group:
     """The inputs as seen from the base, with the upstream gradient v as one more.
 
-    In a metric that is G^-1 v, whose inner products with the inputs are those of v without one.
+    In a metric that is G^-1 v, whose inner products with the inputs are those of v without one, to
+    within a factor of G that `_gradient` takes back.
     """
     tensors = group.tensors
     if group.base is not None:

@@ -13,7 +13,7 @@ from conftest import llama, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import karcher as slow_karcher
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mergekit_karcher import karcher_mean
 from mergekit_karcher.cli.main import main
@@ -21,8 +21,9 @@ from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels import chords, gram
 from mergekit_karcher.kernels.chords import squared_chord
 from mergekit_karcher.maths.mean import Status
-from mergekit_karcher.merge import Group, Settings, in_metric, merge
+from mergekit_karcher.merge import Group, Settings, in_metric, merge, products_of
 from mergekit_karcher.metric.shared import shared_metric
+from mergekit_karcher.observe import observed
 from mergekit_karcher.report.schema import Report
 
 FLOOR = 1e-6
@@ -107,7 +108,8 @@ def test_the_scale_of_all_metrics_says_nothing(granularity, magnitude):
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_rows_take_their_part_of_the_metric(granularity):
+def test_rows_take_their_part_of_the_metric(granularity, monkeypatch):
+    monkeypatch.setattr("mergekit_karcher.merge._ROW_ELEMENTS", 32)  # two rows are solved at once
     tensors, metrics, weights = problem(4)
     found, _ = mean_of(tensors, metrics, weights, granularity=granularity)
     root = torch.as_tensor(np.sqrt(shared(metrics, weights)))
@@ -157,10 +159,12 @@ def test_a_model_without_weight_lends_no_metric():
     np.testing.assert_allclose(found, expected, rtol=1e-14)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**-41])
 @pytest.mark.parametrize("based", [False, True])
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_gradients(based, granularity):
+def test_gradients(based, granularity, scale):
     tensors, metrics, weights = problem(8, shape=(3, 4), spread=1.0)
+    metrics = [scale * metric for metric in metrics]
     inputs = [torch.as_tensor(t).requires_grad_() for t in tensors]
     base = [torch.as_tensor(0.3 * tensors[0]).requires_grad_()] if based else []
     fixed = [torch.as_tensor(g) for g in metrics]
@@ -216,11 +220,12 @@ def test_metrics_are_padded_with_their_tensors():
         karcher_mean(tensors, metrics=[None, torch.ones(5, 5)], pad=True)
 
 
-def test_a_chord_too_short_for_inner_products(monkeypatch):
+@pytest.mark.parametrize("scale", [1.0, 2.0**-41])
+def test_a_chord_too_short_for_inner_products(monkeypatch, scale):
     monkeypatch.setattr(chords, "CHUNK_ELEMENTS", 100)
     rng = np.random.default_rng(10)
     first, step = rng.standard_normal((2, 900))
-    g = np.exp(2 * rng.standard_normal(900))
+    g = scale * np.exp(2 * rng.standard_normal(900))
     step -= first * (g * step * first).sum() / (g * first * first).sum()
     second = first + 1e-8 * step
     metric = shared_metric(
@@ -230,6 +235,21 @@ def test_a_chord_too_short_for_inner_products(monkeypatch):
     found = squared_chord(torch.as_tensor(first), torch.as_tensor(second), norms, metric)
     expected = 1e-16 * (g * step * step).sum() / (g * first * first).sum()
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_models_that_are_close_are_seen_in_the_metric_by_their_chords():
+    """Half of the entries differ, by 1e-7: what the metric says of that half is the angle."""
+    rng = np.random.default_rng(15)
+    first, step = rng.standard_normal((2, 800))
+    step[:400] = 0
+    g = np.where(np.arange(800) < 400, 1.0, 1e-4)
+    step -= first * (g * step * first).sum() / (g * first * first).sum()
+    tensors = [torch.as_tensor(first), torch.as_tensor(first + 1e-7 * step)]
+    group = Group("w", tensors, ["a", "b"])
+    group, _ = in_metric(group, [torch.as_tensor(g)] * 2, [1.0, 1.0], 0.0)
+    seen = observed(group, products_of(group), ["a", "b"], [1.0, 1.0], None)
+    expected = 1e-7 * np.sqrt((g * step * step).sum() / (g * first * first).sum())
+    assert seen.zero.angles[0, 1] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_whole_model_is_one_vector_of_all_its_tensors_and_metrics():
@@ -413,6 +433,33 @@ def test_mistakes_while_planning(models, merge, tmp_path):
     plain = merge(config_for(paths, [""] * 3), name="plain").weights
     same = {name: torch.equal(found[name], plain[name]) for name in plain}
     assert all(is_same == ("mlp" not in name) for name, is_same in same.items())
+
+
+def test_what_takes_no_part_needs_no_metric(models, merge, tmp_path):
+    paths, metrics, _ = zip(*models, strict=True)
+    without = config_for(paths, [*metrics[:2], ""], weights=(1, 2, 0))
+    expected = merge(config_for(paths[:2], metrics), name="two").weights
+    found = merge(without, name="three").weights
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # Of a tensor that a model has not, its metric has none either.
+    generator = torch.Generator().manual_seed(16)
+    for index, names in enumerate((["w", "v"], ["w"])):
+        for kind in ("model", "metric"):
+            own = {name: torch.rand(4, generator=generator) for name in names}
+            save_file(own, tmp_path / f"{kind}{index}.safetensors")
+    config = config_for(
+        [str(tmp_path / f"model{index}.safetensors") for index in range(2)],
+        [str(tmp_path / f"metric{index}.safetensors") for index in range(2)],
+    )
+    del config["dtype"]
+    for method in ("karcher", "fisher"):
+        raw = merge(
+            config | {"merge_method": method, "parameters": {}},
+            "--tensor-union",
+            command="mergekit-pytorch",
+            name=method,
+        )
+        assert torch.equal(raw.weights["v"], load_file(tmp_path / "model0.safetensors")["v"])
 
 
 def test_in_python_the_method_sends_you_to_the_function():

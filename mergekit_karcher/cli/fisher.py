@@ -146,7 +146,7 @@ def main(
         raise click.UsageError("Give either --data or --from-optimizer.")
     if len(text) > 2:
         raise click.UsageError("Give one --text, or two for pairs.")
-    if out.exists() and not {path.name for path in out.iterdir()} <= {*_UNFINISHED}:
+    if out.exists() and not _is_unfinished(out):
         raise KarcherError(f"{out} exists: name a new folder by --out.")
     if quiet:
         _hide_bars()
@@ -166,6 +166,13 @@ def main(
     (out / _PARTIAL).unlink(missing_ok=True)
     if not quiet:
         _say(out, metric)
+
+
+def _is_unfinished(out: Path) -> bool:
+    """Whether a folder holds nothing but what a run that was cut off has left."""
+    names = {path.name for path in out.iterdir()} - {*_UNFINISHED}
+    # What was written is moved out of that folder, file by file.
+    return not names or ((out / WRITING).is_dir() and all(n.startswith("model") for n in names))
 
 
 def _hide_bars() -> None:

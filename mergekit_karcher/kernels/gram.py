@@ -50,8 +50,8 @@ def grams(
     itself as one more vector, the last. With a metric the inner product is
     <x, y>_G = sum_e G_e x_e y_e: chunks are scaled by sqrt(G), in float64.
 
-    Products of float16, bfloat16 and float32 values are exact in float64 without a metric, so only
-    their sum rounds:
+    Products of float16, bfloat16 and float32 values are exact in float64 (but for the roots of a
+    metric, which round once), so only their sum rounds:
     to a few units of float64 for float32, to less for 16-bit values, which leave spare bits. With
     exact, wide values are split into a leading part, whose products sum exactly, and a small rest:
     for about twice the time G is then better than float64, for any inputs. float64 inputs are
@@ -68,9 +68,8 @@ def grams(
         return np.zeros((rows, count, count), np.longdouble), np.zeros((rows, count), np.int64)
     device = working_device(tensors[0].device)
     dtypes = {tensor.dtype for tensor in everything}
-    # Differences and roots of a metric have more bits than what they are of.
-    wide = base is not None or metric is not None or bool(dtypes & {torch.float32, torch.float64})
-    split = exact and wide
+    # Differences have more bits than what they are of.
+    split = exact and (base is not None or bool(dtypes & {torch.float32, torch.float64}))
     room = CHUNK_ELEMENTS // (held * (1 + split) + (metric is not None))
     summed = min(_SUM_ELEMENTS, size, max(1, room))
     limit = min(max(1, room // summed), math.ceil(size / summed)) * summed

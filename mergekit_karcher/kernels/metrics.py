@@ -38,9 +38,9 @@ class SharedMetric(NamedTuple):
         return out.sqrt_()
 
     def dense(self, like: torch.Tensor) -> torch.Tensor:
-        """G itself, as a new float64 tensor of the shape of like."""
+        """G / 4^exponent, as a new float64 tensor of the shape of like."""
         roots = self.roots(self.tensors, like.new_empty(like.shape, dtype=torch.float64))
-        return roots.square_().mul_(4.0**self.exponent)
+        return roots.square_()
 
 
 def sum_and_least(tensor: torch.Tensor) -> tuple[float, float]:

@@ -112,14 +112,9 @@ def _as_in_checkpoint(
     reference: str, model: nn.Module, metric: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     from mergekit.common import ModelReference
+    from transformers.core_model_loading import revert_weight_conversion
 
-    tensors = dict(metric)
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # before transformers 5, parameters are called as in the checkpoint
-        pass
-    else:
-        tensors = revert_weight_conversion(model, tensors)  # type: ignore[arg-type]
+    tensors = revert_weight_conversion(model, dict(metric))  # type: ignore[arg-type]
     loader = ModelReference.parse(reference).lazy_loader()
     own = set(loader.index.tensor_paths)
     tied = _tied_names(model)
