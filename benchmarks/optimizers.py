@@ -158,31 +158,30 @@ def contestants(
     def plain(method: str, **parameters: Any) -> State:
         return dict(merge_state_dicts(states, method, parameters=parameters))
 
-    def around_base(**parameters: Any) -> State:
-        parameters = {"origin": "base", "magnitude": "linear"} | parameters
-        return dict(merge_state_dicts([base, *states], "karcher", parameters=parameters, base=0))
+    def around_base(magnitude: str, own: Sequence[Metric] | None) -> State:
+        return {
+            name: karcher_mean(
+                [state[name] for state in states],
+                base=base[name],
+                granularity="row",
+                magnitude=magnitude,
+                metrics=None if own is None else [metric[name] for metric in own],
+            )[0]
+            for name in base
+        }
 
     yield LINEAR, plain("linear", weight=1.0)
-    yield "karcher", plain("karcher")
-    yield "karcher, row, base, linear length", around_base(granularity="row")
-    for name, own in metrics.items():
-        yield f"fisher, {name}", merged(fisher_mean, states, own)
-        yield f"fisher, {name}, even", merged(fisher_mean, states, [even(m) for m in own])
-        yield (
-            f"karcher, {name}",
-            merged(lambda t, m: karcher_mean(t, metrics=m)[0], states, own),
-        )
-        rows: State = {
-            key: karcher_mean(
-                [state[key] for state in states],
-                base=base[key],
-                granularity="row",
-                magnitude="linear",
-                metrics=[metric[key] for metric in own],
-            )[0]
-            for key in base
-        }
-        yield f"karcher, row, base, linear length, {name}", rows
+    for name, own in {"": None, **metrics}.items():
+        end = f", {name}" if name else ""
+        if own is None:
+            yield "karcher", plain("karcher")
+        else:
+            yield f"fisher{end}", merged(fisher_mean, states, own)
+            yield f"fisher{end}, even", merged(fisher_mean, states, [even(m) for m in own])
+            in_metric = partial(merged, lambda t, m: karcher_mean(t, metrics=m)[0])
+            yield f"karcher{end}", in_metric(states, own)
+        yield f"karcher, row, base{end}", around_base("arithmetic", own)
+        yield f"karcher, row, base, linear length{end}", around_base("linear", own)
 
 
 def objective(state: State, states: Sequence[State], metrics: Sequence[Metric]) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -38,7 +40,9 @@ from mergekit_karcher import fisher_mean
 from mergekit_karcher.cli import fisher as command
 from mergekit_karcher.cli.main import main
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.metric.examples import Example, batches
+from mergekit_karcher.metric import files as files_module
+from mergekit_karcher.metric import optimizer as optimizer_module
+from mergekit_karcher.metric.examples import Example, Source, batches, read_examples
 from mergekit_karcher.metric.fisher import Batch, DiagonalFisher
 from mergekit_karcher.metric.optimizer import Moments, adam_metric
 
@@ -303,6 +307,44 @@ def test_a_signal_to_stop_is_heeded_at_the_end_of_a_batch(run, model, monkeypatc
     found = [load_file(Path(name, "model.safetensors")) for name in ("whole", "part")]
     for name, own in found[0].items():
         torch.testing.assert_close(found[1][name], own, rtol=1e-4, atol=1e-12)
+
+
+def test_what_is_cut_off_while_it_is_written_is_no_metric(run, model, monkeypatch):
+    """metric.json comes last, and what is there before it is written anew."""
+    calls = []
+
+    def failing(source, target):
+        calls.append(Path(target).name)
+        if len(calls) == 2:
+            raise OSError("the disk is full")
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files_module, "replace", failing)
+        assert "the disk is full" in run(model, *TEXT, "--out", "part").output
+    assert calls == ["model.safetensors", "metric.json"]
+    assert not Path("part/metric.json").exists()
+    assert run(model, *TEXT, "--out", "part").exit_code == 0
+    assert {path.name for path in Path("part").iterdir()} == {"model.safetensors", "metric.json"}
+
+
+def test_true_targets_are_drawn_anew_for_every_example(run, model):
+    Path("same.txt").write_text(" ".join(["w1 w2 w3 w4"] * 20))
+    options = ("--data", "same.txt", "--length", 4, "--true", "--quiet")
+    for count in (1, 20):
+        assert run(model, *options, "--examples", count, "--out", f"true{count}").exit_code == 0
+    one, many = (load_file(f"true{count}/model.safetensors") for count in (1, 20))
+    name = "lm_head.weight"
+    assert (one[name] - many[name]).norm() > 0.1 * one[name].norm()
+
+
+def test_examples_come_the_shortest_first(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": " ".join(["w1"] * count)} for count in (5, 2, 4, 2, 3)]
+    records("lengths.jsonl", [*rows, {"text": None}])
+    source = Source("lengths.jsonl", None, "train", ["text"], "label", 4, 100, 0)
+    found = read_examples(source, PreTrainedTokenizerFast.from_pretrained(model), None)
+    assert [len(example.ids) for example in found] == [2, 2, 3, 4, 4]
 
 
 def test_a_run_that_is_cut_off_before_its_first_save_leaves_nothing(run, model, monkeypatch):
@@ -656,8 +698,8 @@ def test_shapes_that_do_not_prove_the_mapping_are_refused(run, trained, tmp_path
         adam_metric(checkpoint, deeper)
 
 
-def test_two_ways_that_both_fit_are_refused(tmp_path):
-    """Two parameters of one shape: decayed and not by one rule, in one group by another."""
+def test_groups_of_a_plain_optimizer_and_of_the_trainers_rules(tmp_path):
+    """All in one group, or weights of norms decayed by the earlier rule and not by the present."""
 
     class Alike(nn.Module):
         def __init__(self):
@@ -694,6 +736,22 @@ def test_an_optimizer_that_kept_names_needs_no_proof(model, tmp_path):
     found = adam_metric(tmp_path, network)
     for name, expected in kept(optimizer, network, 0.999).items():
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_two_ways_of_naming_that_fit_alike_are_refused(trained, monkeypatch, model):
+    checkpoint, _ = trained
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    groupings = optimizer_module._groupings
+
+    def ambiguous(network):
+        first = next(groupings(network))
+        yield first
+        swap = {"k_proj": "v_proj", "v_proj": "k_proj"}  # of one shape
+        yield [[re.sub("[kv]_proj", lambda m: swap[m[0]], name) for name in own] for own in first]
+
+    monkeypatch.setattr(optimizer_module, "_groupings", ambiguous)
+    with pytest.raises(KarcherError, match="more than one way of naming them fits"):
+        adam_metric(checkpoint, network)
 
 
 @pytest.mark.parametrize("flat", [False, True])

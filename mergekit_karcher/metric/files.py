@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
+from os import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def write_metric(
     about = {"schema": _SCHEMA, "version": __version__, "model": reference, **about}
     (writing / "metric.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     for path in sorted(writing.iterdir(), key=lambda path: path.suffix == ".json"):
-        os.replace(path, folder / path.name)
+        replace(path, folder / path.name)
     writing.rmdir()
 
 
