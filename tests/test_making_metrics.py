@@ -365,6 +365,9 @@ def test_what_is_unfinished_is_kept_from_others_and_may_be_deleted(run, model, t
     result = run(model, "--from-optimizer", model, "--out", "part")
     assert "holds an unfinished run from data" in result.output
     (out / "partial.safetensors").unlink()
+    (out / "model.safetensors").write_bytes(b"of somebody else")
+    assert "part exists: name a new folder" in run(model, *TEXT, "--out", "part").output
+    (out / "model.safetensors").unlink()
     (out / "writing").mkdir()
     assert run(model, *TEXT, "--out", "part").exit_code == 0
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "metric.json"}
