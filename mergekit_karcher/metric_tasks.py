@@ -61,7 +61,13 @@ def _task_types() -> SimpleNamespace:
             if self.model_type is None:
                 return loader.get_tensor(self.tensor)
             sources = {name: partial(loader.get_tensor, name) for name in loader.index.tensor_paths}
-            return convert_checkpoint_tensors(self.model_type, sources, self.tensor)
+            made = convert_checkpoint_tensors(self.model_type, sources, self.tensor)
+            if made is None:
+                raise KarcherError(
+                    f"{self.tensor} cannot be put together from the metric {self.metric}: make it "
+                    "anew from its model."
+                )
+            return made
 
     class MergeWithMetrics(Task[Any]):  # type: ignore[misc]
         """One output tensor of a merge task, with the metrics of its inputs."""

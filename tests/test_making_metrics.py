@@ -36,7 +36,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from mergekit_karcher import fisher_mean
+from mergekit_karcher import fisher_mean, karcher_mean
 from mergekit_karcher.cli import fisher as command
 from mergekit_karcher.cli.main import main
 from mergekit_karcher.errors import KarcherError
@@ -458,28 +458,44 @@ def test_experts_that_transformers_stacks_are_named_as_in_the_checkpoint(
         tensor = found[f"model.layers.0.block_sparse_moe.experts.2.{name}.weight"]
         torch.testing.assert_close(tensor, part[2], rtol=1e-3, atol=1e-9)
     shutil.copytree("mixture", "other")
-    halved = {n: (t / 2).contiguous() for n, t in own.items()}
-    save_file(halved, Path("other", "model.safetensors"), {"format": "pt"})
-    for method, parameters in (
-        ("fisher", {}),
-        ("karcher", {"granularity": "row"}),
-        ("karcher", {"granularity": "model"}),
-    ):
+    generator = torch.Generator().manual_seed(7)
+    changed = {n: t + 0.02 * torch.randn(t.shape, generator=generator) for n, t in own.items()}
+    save_file(changed, Path("other", "model.safetensors"), {"format": "pt"})
+    Path("other-metric").mkdir()
+    flipped = {n: t.flip(0).contiguous() for n, t in found.items()}
+    save_file(flipped, Path("other-metric", "model.safetensors"))
+
+    def stacked(tensors):
+        part = "model.layers.0.block_sparse_moe.experts.{}.w2.weight"
+        return torch.stack([tensors[part.format(index)] for index in range(4)])
+
+    inputs = [stacked(own), stacked(changed)]
+    metrics = [stacked(found), stacked(flipped)]
+    for method, granularity in (("fisher", ""), ("karcher", "row"), ("karcher", "model")):
         models = [
-            {"model": str(tmp_path / name), "parameters": {"metric": str(tmp_path / "metric")}}
-            for name in ("mixture", "other")
+            {"model": str(tmp_path / name), "parameters": {"metric": str(tmp_path / metric)}}
+            for name, metric in (("mixture", "metric"), ("other", "other-metric"))
         ]
-        config = {"merge_method": method, "models": models, "parameters": parameters}
-        weights = merge(config | {"dtype": "float32"}, name=f"{method}{len(parameters)}").weights
-        # All on one ray: three quarters of the first, whatever weighs it.
-        name = "model.layers.0.mlp.experts.down_proj"
-        merged = weights.get(name)
-        if merged is None:
-            name = "model.layers.0.block_sparse_moe.experts.0.w2.weight"
-            merged = weights[name]
-        stacked = [own[f"model.layers.0.block_sparse_moe.experts.{i}.w2.weight"] for i in range(4)]
-        whole = torch.stack(stacked) if "down_proj" in name else stacked[0]
-        torch.testing.assert_close(merged, 0.75 * whole, rtol=1e-5, atol=1e-8)
+        config = {"merge_method": method, "models": models, "dtype": "float32"}
+        if granularity:
+            config["parameters"] = {"granularity": granularity}
+        weights = merge(config, name=f"{method}{granularity}").weights
+        # mergekit 0.1.5 writes what transformers stacks as it reads it.
+        merged = weights["model.layers.0.mlp.experts.down_proj"]
+        if granularity == "model":
+            # One pair of coefficients, which keeps the length that averaging would lose.
+            columns = torch.stack([i.flatten() for i in inputs], 1).double()
+            ratios = torch.linalg.lstsq(columns, merged.double().flatten()).solution
+            torch.testing.assert_close(
+                columns @ ratios, merged.double().flatten(), rtol=0, atol=1e-7
+            )
+            assert 1 < ratios.sum() < 1.5
+            continue
+        if method == "fisher":
+            expected = fisher_mean(inputs, metrics)
+        else:
+            expected, _ = karcher_mean(inputs, metrics=metrics, granularity=granularity)
+        assert torch.equal(merged, expected)
 
 
 @pytest.fixture
