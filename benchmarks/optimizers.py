@@ -379,6 +379,7 @@ def chart(rows: Sequence[Row], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     sets = list(dict.fromkeys(r["case"]["experts"] for r in rows))
     names = [
@@ -401,6 +402,7 @@ def chart(rows: Sequence[Row], path: Path) -> None:
         )
         axes.axvline(0, color="grey", linewidth=1)
         axes.set_title(experts)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel("bits per byte, minus linear's\n(less is better)")
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
