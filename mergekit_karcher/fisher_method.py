@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.merge import Group
-from mergekit_karcher.metric.checks import FLOOR
+from mergekit_karcher.metric.checks import FLOOR, check_floor
 from mergekit_karcher.metric.mean import precision_weighted
+from mergekit_karcher.parameters import metric, parameter, weight
 from mergekit_karcher.summary import FISHER, label, note_zero_metrics, record
 
 NAME = FISHER
@@ -26,21 +27,9 @@ def build_fisher() -> Any:
     from mergekit.merge_methods.base import (
         GroupMergeMethod,
         MergeMethodSpec,
-        ParameterScope,
-        ParameterSpec,
         PerInputValues,
         TensorGroup,
     )
-    from pydantic import ValidationError, WrapValidator
-
-    def parsed(parameter: str, kind: str) -> WrapValidator:
-        def validate(value: Any, parse: Any) -> Any:
-            try:
-                return parse(value)
-            except ValidationError:
-                raise KarcherError(f"{parameter} is {value!r}: give {kind}.") from None
-
-        return WrapValidator(validate)
 
     class FisherMerge(GroupMergeMethod):  # type: ignore[misc]
         """The precision-weighted mean; see `mergekit_karcher.fisher_mean`.
@@ -54,29 +43,15 @@ def build_fisher() -> Any:
             pretty_name=f"Fisher-weighted mean (mergekit-karcher {__version__})",
             reference_url=REFERENCE_URL,
             parameters=(
-                ParameterSpec(
-                    "weight",
-                    Annotated[float, parsed("weight", "a number of 0 or more")],
-                    ParameterScope.INPUT,
-                    1.0,
-                ),
-                ParameterSpec(
-                    "metric",
-                    Annotated[str, parsed("metric", "a folder, a file, a Hub id, or identity")],
-                    ParameterScope.INPUT,
-                    "",
-                ),
-                ParameterSpec(
-                    "origin",
-                    Annotated[Literal["zero", "base"], parsed("origin", "zero or base")],
-                    ParameterScope.SHARED,
-                    "zero",
-                ),
-                ParameterSpec(
+                weight(),
+                metric(),
+                parameter("origin", Literal["zero", "base"], "zero or base", "zero"),
+                parameter(
                     "floor",
-                    Annotated[float, parsed("floor", "a fraction of 0 or more, such as 1e-6")],
-                    ParameterScope.SHARED,
+                    float,
+                    "a fraction of 0 or more, such as 1e-6",
                     FLOOR,
+                    check=check_floor,
                 ),
             ),
         )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
@@ -34,6 +32,7 @@ from mergekit_karcher.merge import (
 )
 from mergekit_karcher.metric.checks import FLOOR, check_floor
 from mergekit_karcher.observe import observed
+from mergekit_karcher.parameters import metric, parameter, weight
 from mergekit_karcher.summary import (
     is_watched,
     label,
@@ -81,37 +80,9 @@ def build_method(name: str) -> Any:
     from mergekit.merge_methods.base import (
         GroupMergeMethod,
         MergeMethodSpec,
-        ParameterScope,
-        ParameterSpec,
         TensorGroup,
     )
     from mergekit.merge_methods.dtype import align_dtype
-    from pydantic import ValidationError, WrapValidator
-
-    def parsed(parameter: str, kind: str) -> WrapValidator:
-        def validate(value: Any, parse: Any) -> Any:
-            try:
-                result = parse(value)
-            except ValidationError:
-                hint = ""
-                if isinstance(value, str) and os.sep in value:
-                    hint = " (mergekit-multi puts a path where the value is the name of a stage)"
-                raise KarcherError(f"{parameter} is {value!r}: give {kind}{hint}.") from None
-            if parameter == "max_iter":
-                check_stopping(result, TOL)
-            elif parameter == "tol":
-                check_stopping(MAX_ITER, result)
-            elif parameter == "floor":
-                check_floor(result)
-            return result
-
-        return WrapValidator(validate)
-
-    def of_scope(scope: Any, parameter: str, kind: Any, words: str, default: Any) -> Any:
-        return ParameterSpec(parameter, Annotated[kind, parsed(parameter, words)], scope, default)
-
-    of_a_model = functools.partial(of_scope, ParameterScope.INPUT)
-    shared = functools.partial(of_scope, ParameterScope.SHARED)
 
     class KarcherMerge(GroupMergeMethod):  # type: ignore[misc]
         """The exact weighted Karcher mean; see `mergekit_karcher.karcher_mean`."""
@@ -121,24 +92,42 @@ def build_method(name: str) -> Any:
             pretty_name=f"Karcher Mean (mergekit-karcher {__version__})",
             reference_url=REFERENCE_URL,
             parameters=(
-                of_a_model("weight", float, "a number of 0 or more", 1.0),
-                of_a_model("metric", str, "a folder, a file, a Hub id, or identity", ""),
-                shared(
+                weight(),
+                metric(),
+                parameter(
                     "granularity",
                     Literal["tensor", "row", "model"],
                     "tensor, row or model",
                     "tensor",
                 ),
-                shared("origin", Literal["zero", "base"], "zero or base", "zero"),
-                shared(
+                parameter("origin", Literal["zero", "base"], "zero or base", "zero"),
+                parameter(
                     "magnitude",
                     Literal["arithmetic", "linear", "geometric"],
                     "arithmetic, linear or geometric",
                     "arithmetic",
                 ),
-                shared("floor", float, "a fraction of 0 or more, such as 1e-6", FLOOR),
-                shared("max_iter", int, "a whole number of 1 or more", MAX_ITER),
-                shared("tol", float, "a positive number of radians", TOL),
+                parameter(
+                    "floor",
+                    float,
+                    "a fraction of 0 or more, such as 1e-6",
+                    FLOOR,
+                    check=check_floor,
+                ),
+                parameter(
+                    "max_iter",
+                    int,
+                    "a whole number of 1 or more",
+                    MAX_ITER,
+                    check=lambda value: check_stopping(value, TOL),
+                ),
+                parameter(
+                    "tol",
+                    float,
+                    "a positive number of radians",
+                    TOL,
+                    check=lambda value: check_stopping(MAX_ITER, value),
+                ),
             ),
         )
 
