@@ -1,4 +1,4 @@
-"""The one error type that a user's configuration or input can cause."""
+"""The one error type that a user's configuration or input can cause, and words of others."""
 
 from __future__ import annotations
 
@@ -11,3 +11,9 @@ class KarcherError(click.ClickException, RuntimeError):
     mergekit's commands print it without a traceback and exit with status 1; Python callers catch
     it as a `RuntimeError`. It is no `ValueError`, which pydantic would wrap inside a task.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as far as it fits in a sentence."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.merge import Group
-from mergekit_karcher.metric.checks import FLOOR, check_floor
 from mergekit_karcher.metric.mean import precision_weighted
-from mergekit_karcher.parameters import metric, parameter, weight
+from mergekit_karcher.parameters import (
+    floor_parameter,
+    metric_parameter,
+    origin_parameter,
+    weight_parameter,
+)
 from mergekit_karcher.summary import FISHER, label, note_zero_metrics, record
 
 NAME = FISHER
@@ -43,16 +47,10 @@ def build_fisher() -> Any:
             pretty_name=f"Fisher-weighted mean (mergekit-karcher {__version__})",
             reference_url=REFERENCE_URL,
             parameters=(
-                weight(),
-                metric(),
-                parameter("origin", Literal["zero", "base"], "zero or base", "zero"),
-                parameter(
-                    "floor",
-                    float,
-                    "a fraction of 0 or more, such as 1e-6",
-                    FLOOR,
-                    check=check_floor,
-                ),
+                weight_parameter(),
+                metric_parameter(),
+                origin_parameter(),
+                floor_parameter(),
             ),
         )
 

@@ -30,9 +30,14 @@ from mergekit_karcher.merge import (
     taking,
     total,
 )
-from mergekit_karcher.metric.checks import FLOOR, check_floor
 from mergekit_karcher.observe import observed
-from mergekit_karcher.parameters import metric, parameter, weight
+from mergekit_karcher.parameters import (
+    floor_parameter,
+    metric_parameter,
+    origin_parameter,
+    parameter,
+    weight_parameter,
+)
 from mergekit_karcher.summary import (
     is_watched,
     label,
@@ -92,28 +97,22 @@ def build_method(name: str) -> Any:
             pretty_name=f"Karcher Mean (mergekit-karcher {__version__})",
             reference_url=REFERENCE_URL,
             parameters=(
-                weight(),
-                metric(),
+                weight_parameter(),
+                metric_parameter(),
                 parameter(
                     "granularity",
                     Literal["tensor", "row", "model"],
                     "tensor, row or model",
                     "tensor",
                 ),
-                parameter("origin", Literal["zero", "base"], "zero or base", "zero"),
+                origin_parameter(),
                 parameter(
                     "magnitude",
                     Literal["arithmetic", "linear", "geometric"],
                     "arithmetic, linear or geometric",
                     "arithmetic",
                 ),
-                parameter(
-                    "floor",
-                    float,
-                    "a fraction of 0 or more, such as 1e-6",
-                    FLOOR,
-                    check=check_floor,
-                ),
+                floor_parameter(),
                 parameter(
                     "max_iter",
                     int,

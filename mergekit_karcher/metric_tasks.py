@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.fisher_method import IDENTITY, METRICS, NAME
 from mergekit_karcher.graph import (
     found_by,
@@ -226,7 +226,7 @@ def _opened(metric: str, model: str) -> Any:
                 _loaders[metric] = ModelReference.parse(metric).lazy_loader()
         except Exception as error:
             raise KarcherError(
-                f"The metric {metric} of {model} cannot be opened ({str(error).splitlines()[0]}): "
+                f"The metric {metric} of {model} cannot be opened ({first_line(error)}): "
                 "give a folder or file of safetensors, or a Hub id."
             ) from None
     return _loaders[metric]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.metric.checks import FLOOR, check_floor
 
 
 def parameter(
@@ -42,11 +43,22 @@ def parameter(
     return ParameterSpec(name, Annotated[kind, WrapValidator(validate)], scope, default)
 
 
-def weight() -> Any:
+def weight_parameter() -> Any:
     """How much a model counts."""
     return parameter("weight", float, "a number of 0 or more", 1.0, of_a_model=True)
 
 
-def metric() -> Any:
+def metric_parameter() -> Any:
     """Where a model's metric is; empty for none."""
     return parameter("metric", str, "a folder, a file, a Hub id, or identity", "", of_a_model=True)
+
+
+def origin_parameter() -> Any:
+    """What the models are seen from."""
+    return parameter("origin", Literal["zero", "base"], "zero or base", "zero")
+
+
+def floor_parameter() -> Any:
+    """What is added to each metric, as a fraction of its mean."""
+    words = "a fraction of 0 or more, such as 1e-6"
+    return parameter("floor", float, words, FLOOR, check=check_floor)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_karcher import fisher_mean, karcher_mean
 from mergekit_karcher.cli.main import main
-from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.kernels import precision
 
 TOY = Path(__file__).parent.parent / "example_configs" / "metric_toy"
@@ -366,6 +366,11 @@ def test_the_card_names_no_path_of_a_metric(with_metrics, merge, tmp_path):
         text = (outcome.out / name).read_text()
         assert not any(metric in text for metric in metrics)
         assert "value: g1" in text
+
+
+def test_an_error_without_words_has_a_name():
+    assert first_line(ValueError("\n  a\nb")) == "a"
+    assert first_line(AssertionError()) == "AssertionError"
 
 
 def test_a_permuted_vocabulary_is_refused(merge, tmp_path):

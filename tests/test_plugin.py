@@ -321,7 +321,7 @@ ROOMS = {
         "parameters",
         "summary",
     },
-    "parameters": {"errors"},
+    "parameters": {"errors", "metric"},
     "fisher_method": {"__init__", "errors", "merge", "metric", "parameters", "summary"},
     "metric_tasks": {"errors", "fisher_method", "graph"},
     "whole_model": {"graph", "maths", "metric_tasks"},

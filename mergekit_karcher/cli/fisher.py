@@ -21,12 +21,11 @@ from torch import nn
 from tqdm import tqdm
 
 from mergekit_karcher.cli.main import examples, logged
-from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.metric.examples import Source, batches, digest, read_examples
 from mergekit_karcher.metric.files import (
     WRITING,
     check_names,
-    first_line,
     load_model,
     write_metric,
 )

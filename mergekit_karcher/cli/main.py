@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from mergekit_karcher import __version__
-from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.errors import KarcherError, first_line
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,8 +57,7 @@ class _Group(click.Group):
         except Exception as error:
             # mergekit and transformers speak in exceptions of many kinds and of many lines.
             _LOG.debug("stopped by", exc_info=True)
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise KarcherError(lines[0] if lines else type(error).__name__) from None
+            raise KarcherError(first_line(error)) from None
 
 
 @click.group(cls=_Group, epilog="`mergekit-karcher COMMAND --help` has examples.")

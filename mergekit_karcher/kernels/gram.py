@@ -50,11 +50,11 @@ def grams(
     itself as one more vector, the last. With a metric the inner product is
     <x, y>_G = sum_e G_e x_e y_e: chunks are scaled by sqrt(G), in float64.
 
-    Products of float16, bfloat16 and float32 values are exact in float64 (but for the roots of a
-    metric, which round once), so only their sum rounds:
+    Products of float16, bfloat16 and float32 values are exact in float64, so only their sum rounds:
     to a few units of float64 for float32, to less for 16-bit values, which leave spare bits. With
     exact, wide values are split into a leading part, whose products sum exactly, and a small rest:
-    for about twice the time G is then better than float64, for any inputs. float64 inputs are
+    for about twice the time G is then better than float64, for any inputs. The roots of a metric
+    round once, whatever exact says. float64 inputs are
     scaled by 2^-e, which keeps their squares representable; e is 0 for others. A value that is not
     finite makes its tensor's diagonal entry NaN or infinite.
     Scratch: for each thread CHUNK_ELEMENTS float64 values and 2 R N N, whatever N and the size are.

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.metric.files import first_line
+from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.metric.fisher import Batch
 
 _TEXTS = (".txt", ".md")

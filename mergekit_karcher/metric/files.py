@@ -14,19 +14,13 @@ import torch
 from torch import nn
 
 from mergekit_karcher import __version__
-from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.errors import KarcherError, first_line
 
 _LOG = logging.getLogger(__name__)
 
 _SCHEMA = "mergekit-karcher/metric/1"
 WRITING = "writing"
 _CONTIGUOUS = torch.contiguous_format
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, as far as it fits in a sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def load_model(reference: str, *, empty: bool = False) -> nn.Module:

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.metric.files import first_line
+from mergekit_karcher.errors import KarcherError, first_line
 
 _FILES = ("optimizer.pt", "optimizer.bin")
 _DISTRIBUTED = ("", "optimizer_0", "optimizer")
