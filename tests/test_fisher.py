@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import llama, weights_of
+from hub import Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -366,6 +370,31 @@ def test_the_card_names_no_path_of_a_metric(with_metrics, merge, tmp_path):
         text = (outcome.out / name).read_text()
         assert not any(metric in text for metric in metrics)
         assert "value: g1" in text
+
+
+def test_a_metric_by_its_hub_id(with_metrics, merge, tmp_path):
+    """Uploaded and fetched by the real client, from a stand-in for the Hub."""
+    models, metrics, _ = zip(*with_metrics[:2], strict=True)
+    config = config_for(models, ["me/metric", metrics[1]])
+    (tmp_path / "hub.yml").write_text(yaml.safe_dump(config))
+    with Hub() as hub:
+        environment = os.environ | hub.environment(tmp_path / "cache")
+        for command in (
+            ["hf", "upload", "me/metric", metrics[0]],
+            ["mergekit-yaml", str(tmp_path / "hub.yml"), str(tmp_path / "hub")],
+        ):
+            done = subprocess.run(
+                [str(Path(sys.executable).parent / command[0]), *command[1:]],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=300,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+    found, expected = weights_of(tmp_path / "hub"), merge(config_for(models, metrics)).weights
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_an_error_without_words_has_a_name():
