@@ -145,7 +145,7 @@ def _length(state: State) -> float:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Means over repetitions with standard errors."""
+    """SphereMeans over repetitions with standard errors."""
     counts = sorted({r["case"]["N"] for r in rows})
     repetitions = len({r["case"]["repetition"] for r in rows})
     header = ["", *(f"{what}, N = {n}" for what in ("accuracy", "loss", "length") for n in counts)]

@@ -10,11 +10,11 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "KarcherError": "mergekit_karcher.errors",
-    "KarcherMean": "mergekit_karcher.maths.mean",
-    "Status": "mergekit_karcher.maths.mean",
-    "fisher_mean": "mergekit_karcher.metric.mean",
-    "karcher_mean": "mergekit_karcher.merge",
-    "register": "mergekit_karcher.plugin",
+    "KarcherMean": "mergekit_karcher.sphere.solver",
+    "Status": "mergekit_karcher.sphere.solver",
+    "fisher_mean": "mergekit_karcher.means.fisher",
+    "karcher_mean": "mergekit_karcher.means.karcher",
+    "register": "mergekit_karcher.host.install",
 }
 
 __all__ = [*sorted(_PUBLIC), "__version__"]

@@ -15,7 +15,7 @@ from mergekit.merge_methods.base import PerGroupValues
 from scipy.optimize import nnls
 
 from mergekit_karcher import KarcherError, Status, karcher_mean
-from mergekit_karcher.maths.hemisphere import in_open_hemisphere
+from mergekit_karcher.sphere.hemisphere import in_open_hemisphere
 
 GRANULARITIES = ["tensor", "row", "model"]
 ORIGINS = ["zero", "base"]
@@ -436,7 +436,7 @@ def test_a_base_of_another_shape_is_named():
 
 
 def test_gradients_of_many_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr("mergekit_karcher.merge._ROW_ELEMENTS", 20)
+    monkeypatch.setattr("mergekit_karcher.means.karcher._ROW_ELEMENTS", 20)
     inputs = [torch.randn(7, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(lambda *t: karcher_mean(t, granularity="row")[0], inputs)
 

@@ -40,11 +40,11 @@ from mergekit_karcher import fisher_mean, karcher_mean
 from mergekit_karcher.cli import fisher as command
 from mergekit_karcher.cli.main import main
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.metric import files as files_module
-from mergekit_karcher.metric import optimizer as optimizer_module
-from mergekit_karcher.metric.examples import Example, Source, batches, read_examples
-from mergekit_karcher.metric.fisher import Batch, DiagonalFisher
-from mergekit_karcher.metric.optimizer import Moments, adam_metric
+from mergekit_karcher.metrics import adam as optimizer_module
+from mergekit_karcher.metrics import store as files_module
+from mergekit_karcher.metrics.adam import Moments, adam_metric
+from mergekit_karcher.metrics.diagonal import Batch, DiagonalFisher
+from mergekit_karcher.metrics.examples import Example, Source, batches, read_examples
 
 SMALL = {
     "hidden_size": 16,

@@ -20,11 +20,11 @@ from mergekit_karcher.cli.main import main
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels import chords, gram
 from mergekit_karcher.kernels.chords import squared_chord
-from mergekit_karcher.maths.mean import Status
-from mergekit_karcher.merge import Group, Settings, in_metric, merge, products_of
-from mergekit_karcher.metric.shared import shared_metric
-from mergekit_karcher.observe import observed
+from mergekit_karcher.means.karcher import Group, Settings, in_metric, merge, products_of
+from mergekit_karcher.means.metric import shared_metric
+from mergekit_karcher.report.observation import observed
 from mergekit_karcher.report.schema import Report
+from mergekit_karcher.sphere.solver import Status
 
 FLOOR = 1e-6
 
@@ -109,7 +109,9 @@ def test_the_scale_of_all_metrics_says_nothing(granularity, magnitude):
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_rows_take_their_part_of_the_metric(granularity, monkeypatch):
-    monkeypatch.setattr("mergekit_karcher.merge._ROW_ELEMENTS", 32)  # two rows are solved at once
+    monkeypatch.setattr(
+        "mergekit_karcher.means.karcher._ROW_ELEMENTS", 32
+    )  # two rows are solved at once
     tensors, metrics, weights = problem(4)
     found, _ = mean_of(tensors, metrics, weights, granularity=granularity)
     root = torch.as_tensor(np.sqrt(shared(metrics, weights)))

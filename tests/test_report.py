@@ -397,7 +397,7 @@ def test_a_report_that_cannot_be_written_in_the_end_leaves_the_merge_whole(
     def full(*_):
         raise kind("No space left on device")
 
-    monkeypatch.setattr("mergekit_karcher.report.task.write", full)
+    monkeypatch.setattr("mergekit_karcher.host.report_task.write", full)
     monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(tmp_path / "seen"))
     outcome = merge(config_for(close_models[1:]))
     assert outcome.weights

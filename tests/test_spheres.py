@@ -9,14 +9,14 @@ from inputs import ambient_mean, cap
 
 from mergekit_karcher.kernels.chords import squared_chord
 from mergekit_karcher.kernels.gram import grams
-from mergekit_karcher.maths.spheres import (
+from mergekit_karcher.means.karcher import Group, Products
+from mergekit_karcher.report.observation import observed
+from mergekit_karcher.sphere.pairwise import (
+    as_seen_from,
+    geometry_of_differences,
+    geometry_of_gram,
     joined,
-    seen_from,
-    sphere_of_differences,
-    sphere_of_gram,
 )
-from mergekit_karcher.merge import Group, Products
-from mergekit_karcher.observe import observed
 
 WIDE = np.longdouble
 
@@ -37,7 +37,7 @@ def angles(vectors):
 
 def sphere(vectors):
     (gram,), (exponents,) = grams([torch.as_tensor(v) for v in vectors], exact=True)
-    return sphere_of_gram(gram, exponents)
+    return geometry_of_gram(gram, exponents)
 
 
 def look(vectors, base=None, dtype=torch.float64):
@@ -134,7 +134,7 @@ def test_parts_join_to_the_whole_and_a_part_that_is_missing_does_not_count():
 def test_seen_from_one_of_them():
     rng = np.random.default_rng(7)
     vectors = cap(rng, 4, 200, 0.3)
-    found = seen_from(sphere(vectors), 2)
+    found = as_seen_from(sphere(vectors), 2)
     others = [0, 1, 3]
     tasks = [np.asarray(vectors[index], WIDE) - vectors[2] for index in others]
     np.testing.assert_allclose(found.angles[np.ix_(others, others)], angles(tasks), atol=1e-9)
@@ -162,7 +162,7 @@ def test_differences_need_no_second_product():
     vectors, base = cap(rng, 3, 64, 0.5), rng.standard_normal(64)
     differences = [*(v - base for v in vectors), base]
     gram = np.array(differences, WIDE) @ np.array(differences, WIDE).T
-    found = sphere_of_differences(gram, np.zeros(4, np.int64))
+    found = geometry_of_differences(gram, np.zeros(4, np.int64))
     np.testing.assert_allclose(found.angles, angles([*vectors, base]), rtol=1e-12, atol=1e-12)
 
 

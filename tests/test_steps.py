@@ -13,8 +13,8 @@ from mpmath import mp, mpf
 
 from mergekit_karcher import karcher_mean
 from mergekit_karcher.kernels.gram import grams
-from mergekit_karcher.maths.geometry import angle_terms
-from mergekit_karcher.maths.mean import _Spheres
+from mergekit_karcher.sphere.solver import _Spheres
+from mergekit_karcher.sphere.trig import angle_terms
 
 mp.dps = 50
 

@@ -25,8 +25,7 @@ from mergekit_karcher.align.assign import (
 )
 from mergekit_karcher.align.symmetry import Inside, Move, Specification, Symmetry, components_of
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.maths.mean import KarcherMean
-from mergekit_karcher.merge import (
+from mergekit_karcher.means.karcher import (
     Group,
     Products,
     Settings,
@@ -34,6 +33,7 @@ from mergekit_karcher.merge import (
     products_of,
     total,
 )
+from mergekit_karcher.sphere.solver import KarcherMean
 
 # Gives a tensor by name; borrowed.
 Get = Callable[[str], torch.Tensor]

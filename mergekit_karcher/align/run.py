@@ -28,8 +28,8 @@ from mergekit_karcher.align.match import (
 from mergekit_karcher.align.pad import Padding, padded, paddings, widened
 from mergekit_karcher.align.symmetry import Specification, from_yaml
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.maths.geometry import Floats
-from mergekit_karcher.maths.spheres import sphere_of_gram
+from mergekit_karcher.sphere.pairwise import geometry_of_gram
+from mergekit_karcher.sphere.trig import Floats
 
 
 class Choices(NamedTuple):
@@ -230,7 +230,7 @@ def _specification(checkpoint: Checkpoint, choices: Choices) -> Specification:
 
 def _geometry(names: Sequence[str], gets: Sequence[Get], orders: Sequence[Orders]) -> Geometry:
     products = products_between(names, gets, orders)
-    sphere = sphere_of_gram(products.grams[0], products.exponents[0])
+    sphere = geometry_of_gram(products.grams[0], products.exponents[0])
     mean = mean_between(products, range(len(gets)))
     return Geometry(sphere.angles, spread_of(mean) if len(gets) > 1 else float(np.nan))
 

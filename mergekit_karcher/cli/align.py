@@ -22,7 +22,7 @@ from mergekit_karcher.align.run import Aligned, Choices, align, config_of
 from mergekit_karcher.cli.config import MODEL_KEYS, named_in, read_config
 from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.fisher_method import IDENTITY
+from mergekit_karcher.host.fisher_method import IDENTITY
 from mergekit_karcher.report.names import is_local, short_names
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from mergekit_karcher import __version__
 from mergekit_karcher.cli.main import examples, logged
-from mergekit_karcher.plugin import FIRST_UNTESTED_MERGEKIT, OLDEST_MERGEKIT
+from mergekit_karcher.host.install import FIRST_UNTESTED_MERGEKIT, OLDEST_MERGEKIT
 
 _REQUIREMENT = "mergekit>=0.1.5,<0.2"
 
@@ -40,7 +40,8 @@ try:
     entries = importlib.metadata.entry_points(group="torch.backends", name="mergekit_karcher")
     found["entry point"] = bool(list(entries))
     import torch
-    found["hook"] = any(type(f).__module__ == "mergekit_karcher.autoload" for f in sys.meta_path)
+    ours = "mergekit_karcher.host.import_hooks"
+    found["hook"] = any(type(finder).__module__ == ours for finder in sys.meta_path)
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     import mergekit.scripts.run_yaml
     from mergekit.merge_methods import get
@@ -85,7 +86,7 @@ def diagnose() -> dict[str, Any]:
         return {"active": False, "problems": [problem], "versions": {}}
     python = _interpreter(script)
     found = _probed(python)
-    active = found.get("module") == "mergekit_karcher.method"
+    active = found.get("module") == "mergekit_karcher.host.methods"
     problems = [] if active else [*_problems(found, python)]
     return {"active": active, "problems": problems, "mergekit-yaml": str(script), **found}
 

@@ -22,15 +22,15 @@ from tqdm import tqdm
 
 from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.errors import KarcherError, first_line
-from mergekit_karcher.metric.examples import Source, batches, digest, read_examples
-from mergekit_karcher.metric.files import (
+from mergekit_karcher.metrics.adam import adam_metric
+from mergekit_karcher.metrics.diagonal import DiagonalFisher
+from mergekit_karcher.metrics.examples import Source, batches, digest, read_examples
+from mergekit_karcher.metrics.store import (
     WRITING,
     check_names,
     load_model,
     write_metric,
 )
-from mergekit_karcher.metric.fisher import DiagonalFisher
-from mergekit_karcher.metric.optimizer import adam_metric
 
 # What is lost at most when a run is cut off.
 _SECONDS_BETWEEN_SAVES = 120

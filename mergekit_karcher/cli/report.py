@@ -9,8 +9,8 @@ from mergekit.options import OPTION_CATEGORIES, MergeOptions, PrettyPrintHelp, a
 from rich.console import Console
 
 from mergekit_karcher.cli.main import examples
-from mergekit_karcher.cli.measure import report_on
-from mergekit_karcher.report.files import NO_PLOTS, make_folder, write
+from mergekit_karcher.host.measure import report_on
+from mergekit_karcher.report.store import NO_PLOTS, make_folder, write
 from mergekit_karcher.report.text import show
 
 # Of mergekit's options, those that are about the output of a merge.

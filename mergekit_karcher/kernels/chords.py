@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_karcher.kernels.chunks import Piece, walk, working_device
-from mergekit_karcher.kernels.metrics import SharedMetric
+from mergekit_karcher.kernels.shared_metric import SharedMetric
 from mergekit_karcher.kernels.workers import in_stripes, worker_count
 
 # Elements a piece, for three float64 buffers that stay in the cache.

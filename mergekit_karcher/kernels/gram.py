@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from mergekit_karcher.kernels.chunks import Piece, rows_of, walk, working_device
-from mergekit_karcher.kernels.metrics import SharedMetric
+from mergekit_karcher.kernels.shared_metric import SharedMetric
 from mergekit_karcher.kernels.workers import in_stripes, worker_count
 
 # float64 elements that a thread holds, of all N tensors together. Measured on 2 cores from 2^16

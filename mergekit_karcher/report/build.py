@@ -9,11 +9,8 @@ import numpy as np
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.maths.geometry import Floats
-from mergekit_karcher.maths.mean import KarcherMean, normalised
-from mergekit_karcher.maths.spheres import Sphere, joined, seen_from
-from mergekit_karcher.observe import RMS_ROUNDING, Observation
 from mergekit_karcher.report.kinds import ORDER, kind_of, layer_of
+from mergekit_karcher.report.observation import RMS_ROUNDING, Observation
 from mergekit_karcher.report.schema import (
     SCHEMA,
     Kind,
@@ -26,6 +23,9 @@ from mergekit_karcher.report.schema import (
     View,
 )
 from mergekit_karcher.report.verdict import verdict_of
+from mergekit_karcher.sphere.pairwise import PairwiseGeometry, as_seen_from, joined
+from mergekit_karcher.sphere.solver import KarcherMean, normalised
+from mergekit_karcher.sphere.trig import Floats
 
 
 class Planned(NamedTuple):
@@ -67,7 +67,7 @@ def build(
     ]
     whole = joined([own.zero for own in seen.values()])
     base = models.index(planned.base) if planned.base in models else None
-    tasks = None if base is None else _whole_view("base", seen_from(whole, base), seen.values())
+    tasks = None if base is None else _whole_view("base", as_seen_from(whole, base), seen.values())
     rounding = None
     if tasks is not None and tasks.pairs():
         noise = np.sqrt(np.nansum([_noise(own) ** 2 for own in seen.values()], 0))
@@ -146,7 +146,7 @@ def _noise(seen: Observation) -> Floats:
     return noise
 
 
-def _whole_view(origin: str, whole: Sphere, seen: Iterable[Observation]) -> View:
+def _whole_view(origin: str, whole: PairwiseGeometry, seen: Iterable[Observation]) -> View:
     """All tensors as one vector; weights may differ from one to the other."""
     parts = []
     for own in seen:
@@ -173,7 +173,7 @@ def _whole_view(origin: str, whole: Sphere, seen: Iterable[Observation]) -> View
     )
 
 
-def _view(origin: str, sphere: Sphere, weights: Floats) -> View:
+def _view(origin: str, sphere: PairwiseGeometry, weights: Floats) -> View:
     return View(
         origin=origin,
         norms=_vector(sphere.norms),
@@ -182,7 +182,7 @@ def _view(origin: str, sphere: Sphere, weights: Floats) -> View:
     )
 
 
-def _length(sphere: Sphere, shares: Floats) -> float:
+def _length(sphere: PairwiseGeometry, shares: Floats) -> float:
     """The weighted mean of the norms of those that are there."""
     there = np.isfinite(sphere.norms) & (shares > 0)
     return float(normalised(shares[there]) @ sphere.norms[there]) if there.any() else 0.0

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mergekit_karcher.errors import KarcherError, first_line
-from mergekit_karcher.metric.fisher import Batch
+from mergekit_karcher.metrics.diagonal import Batch
 
 _TEXTS = (".txt", ".md")
 _RECORDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}

@@ -5,28 +5,28 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_karcher.maths.geometry import Floats, angle_terms, times
-from mergekit_karcher.maths.mean import (
+from mergekit_karcher.sphere.solver import (
     Magnitude,
-    Means,
+    SphereMeans,
     Status,
     magnitude_ratios,
     normalised,
     unit_grams,
 )
+from mergekit_karcher.sphere.trig import Floats, angle_terms, times
 
 
-def pull_back(
+def vjp(
     grams: Floats,
     weights: Floats,
     exponents: NDArray[np.int64],
-    means: Means,
+    means: SphereMeans,
     magnitude: Magnitude,
 ) -> tuple[Floats, Floats]:
     """Coefficients of the vector-Jacobian products of R means.
 
     grams: (R, N + 1, N + 1), inner products of W_1 .. W_N and the upstream gradient v, scaled by
-        exponents (R, N + 1) as in `means_of_grams`.
+        exponents (R, N + 1) as in `solve_means`.
     weights: (N,), as given there. means: what it returned. magnitude: as given there.
 
     Returns a (R, N) and B (R, N, N) with dW_i = a_i v + sum_j B_ij W_j. Implicit differentiation

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.metric.checks import FLOOR, check_floor
+from mergekit_karcher.means.metric import FLOOR, check_floor
 
 
 def parameter(

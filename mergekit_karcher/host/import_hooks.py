@@ -16,7 +16,7 @@ import typing
 
 LOG = logging.getLogger(__name__)
 
-# What to call in mergekit_karcher.plugin once a module's own code has run.
+# What to call in mergekit_karcher.host.install once a module's own code has run.
 HOOKS = {
     "mergekit.merge_methods.karcher": "take_over_karcher",
     "mergekit.merge_methods.registry": "register_methods",
@@ -30,7 +30,7 @@ HOOKS = {
 
 
 # The modules whose hook has been called, by name.
-_hooked: typing.Dict[str, types.ModuleType] = {}
+_hooked: dict[str, types.ModuleType] = {}
 
 
 def install() -> None:
@@ -59,7 +59,7 @@ def watch() -> None:
 def _run_hook(module: types.ModuleType) -> None:
     _hooked[module.__name__] = module
     try:
-        plugin = importlib.import_module("mergekit_karcher.plugin")
+        plugin = importlib.import_module("mergekit_karcher.host.install")
         getattr(plugin, HOOKS[module.__name__])(module)
     except Exception as error:
         LOG.warning(
@@ -79,9 +79,9 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self,
         fullname: str,
-        path: typing.Optional[typing.Sequence[str]] = None,
-        target: typing.Optional[types.ModuleType] = None,
-    ) -> typing.Optional[importlib.machinery.ModuleSpec]:
+        path: typing.Sequence[str] | None = None,
+        target: types.ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
         if fullname not in HOOKS or getattr(self._asking, "now", False):
             return None
         # Another post-import hook may ask all finders too, us among them.
@@ -105,9 +105,7 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
 
-    def create_module(
-        self, spec: importlib.machinery.ModuleSpec
-    ) -> typing.Optional[types.ModuleType]:
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_karcher.maths.geometry import AngleTerms, Floats, angle_terms, times
-from mergekit_karcher.maths.hemisphere import (
+from mergekit_karcher.sphere.hemisphere import (
     gram_rounding,
     in_open_hemisphere,
     linearly_independent,
 )
+from mergekit_karcher.sphere.trig import AngleTerms, Floats, angle_terms, times
 
 _EPS = float(np.finfo(np.float64).eps)
 
@@ -69,7 +69,7 @@ class Magnitude(enum.Enum):
 
 
 @dataclass(frozen=True, eq=False)
-class Means:
+class SphereMeans:
     """The means on R spheres of N inputs each, W = sum_i coefficients_i W_i.
 
     coefficients: (R, N) float64; zero for an input without direction, unless none has one.
@@ -119,7 +119,7 @@ class KarcherMean:
         return self.status in (Status.CONVERGED, Status.ZERO)
 
 
-def gathered(blocks: Sequence[Means], coefficients: Floats) -> KarcherMean:
+def gathered(blocks: Sequence[SphereMeans], coefficients: Floats) -> KarcherMean:
     """One result of many means, whose coefficients lie in one array."""
     statuses = {status for block in blocks for status in block.statuses}
     return KarcherMean(
@@ -171,7 +171,7 @@ def magnitude_ratios(magnitude: Magnitude, shares: Floats, norms: Floats, unit: 
     return np.where(norms > 0, (norms @ shares)[:, None] / lengths, 0)
 
 
-def means_of_grams(
+def solve_means(
     grams: Floats,
     weights: Floats,
     exponents: NDArray[np.int64],
@@ -179,7 +179,7 @@ def means_of_grams(
     magnitude: Magnitude,
     max_iter: int,
     tol: float,
-) -> Means:
+) -> SphereMeans:
     """The Karcher means of N inputs on each of R spheres, from their inner products.
 
     grams: (R, N, N), grams_rij = <W_ri, W_rj> 2^-(exponents_ri + exponents_rj). In long double,
@@ -197,7 +197,7 @@ def means_of_grams(
     scaled_norms, unit = unit_grams(grams)
     directed = scaled_norms > 0
     live = directed.any(-1)
-    means = Means(
+    means = SphereMeans(
         np.zeros((rows, count)),
         np.full((rows, count), np.nan),
         np.zeros(rows, np.int64),

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from mergekit_karcher.kernels.chords import squared_chord
-from mergekit_karcher.kernels.metrics import SharedMetric
-from mergekit_karcher.maths.geometry import Floats
-from mergekit_karcher.maths.spheres import (
-    Sphere,
-    seen_from,
-    sphere_of_differences,
-    sphere_of_gram,
+from mergekit_karcher.kernels.shared_metric import SharedMetric
+from mergekit_karcher.means.karcher import Group, Products
+from mergekit_karcher.sphere.pairwise import (
+    PairwiseGeometry,
+    as_seen_from,
+    geometry_of_differences,
+    geometry_of_gram,
 )
-from mergekit_karcher.merge import Group, Products
+from mergekit_karcher.sphere.trig import Floats
 
 # Inner products in float64 leave a squared chord an error of about 2e-16; below this one, its own
 # pass is worth its time.
@@ -54,13 +54,13 @@ class Observation:
     models: tuple[str, ...]
     weights: Floats
     origin: str
-    zero: Sphere
-    base: Sphere | None
+    zero: PairwiseGeometry
+    base: PairwiseGeometry | None
     base_index: int | None
     roundoffs: Floats
 
     @property
-    def sphere(self) -> Sphere:
+    def sphere(self) -> PairwiseGeometry:
         """The one that the mean is taken on."""
         if self.origin == "base":
             assert self.base is not None
@@ -100,9 +100,9 @@ def observed(
     shares = np.array(weights, dtype=np.float64)
     gram, exponents = products.grams[0], products.exponents[0]
     if group.base is None:
-        zero, scale = sphere_of_gram(gram, exponents), np.ones(gram.shape)
+        zero, scale = geometry_of_gram(gram, exponents), np.ones(gram.shape)
     else:
-        zero = sphere_of_differences(gram, exponents)
+        zero = geometry_of_differences(gram, exponents)
         tensors.append(group.base)
         names.append(base or "the base")
         shares = np.append(shares, np.nan)
@@ -121,24 +121,24 @@ def observed(
         shares,
         "zero" if group.base is None else "base",
         zero,
-        None if index is None else seen_from(zero, index),
+        None if index is None else as_seen_from(zero, index),
         index,
         np.array([_roundoff(tensor) for tensor in tensors]),
     )
 
 
 def _refined(
-    sphere: Sphere,
+    sphere: PairwiseGeometry,
     tensors: Sequence[torch.Tensor],
     metric: SharedMetric | None,
     close: Floats,
-) -> Sphere:
+) -> PairwiseGeometry:
     """With the chords that are too short for inner products taken from the tensors themselves."""
     chords = sphere.chords.copy()
     for i, j in np.argwhere(np.tril(chords < close, -1)):
         norms = (float(sphere.norms[i]), float(sphere.norms[j]))
         chords[i, j] = chords[j, i] = squared_chord(tensors[i], tensors[j], norms, metric)
-    return Sphere(sphere.norms, chords)
+    return PairwiseGeometry(sphere.norms, chords)
 
 
 def _roundoff(tensor: torch.Tensor) -> float:

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import click
 import numpy as np
 
-from mergekit_karcher.maths.mean import KarcherMean, Status
-from mergekit_karcher.merge import Group
-from mergekit_karcher.observe import Observation
+from mergekit_karcher.means.karcher import Group
+from mergekit_karcher.report.observation import Observation
+from mergekit_karcher.sphere.solver import KarcherMean, Status
 
 _LOG = logging.getLogger(__name__)
 

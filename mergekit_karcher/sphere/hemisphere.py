@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_karcher.maths.geometry import Floats, times
+from mergekit_karcher.sphere.trig import Floats, times
 
 _EPS = float(np.finfo(np.float64).eps)
 

@@ -13,15 +13,15 @@ from typing import Any
 import click
 
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.graph import found_by, loads_of
-from mergekit_karcher.merge import check_weights
-from mergekit_karcher.method import NAMES, check_uniform, no_base
-from mergekit_karcher.metric_tasks import has_metric, warn_of_mixed_metrics, with_metrics
-from mergekit_karcher.report.files import make_folder
-from mergekit_karcher.report.planned import planned_of
-from mergekit_karcher.report.task import with_report
-from mergekit_karcher.summary import FISHER, Stage, begin, label
-from mergekit_karcher.whole_model import with_one_mean
+from mergekit_karcher.host.graph import found_by, loads_of
+from mergekit_karcher.host.methods import NAMES, check_uniform, no_base
+from mergekit_karcher.host.metric_tasks import has_metric, warn_of_mixed_metrics, with_metrics
+from mergekit_karcher.host.planned import planned_of
+from mergekit_karcher.host.report_task import with_report
+from mergekit_karcher.host.run import FISHER, Stage, begin, label
+from mergekit_karcher.host.whole_model import with_one_mean
+from mergekit_karcher.means.karcher import check_weights
+from mergekit_karcher.report.store import make_folder
 
 _LOG = logging.getLogger(__name__)
 

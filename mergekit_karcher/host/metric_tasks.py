@@ -11,8 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from mergekit_karcher.errors import KarcherError, first_line
-from mergekit_karcher.fisher_method import IDENTITY, METRICS, NAME
-from mergekit_karcher.graph import (
+from mergekit_karcher.host.fisher_method import IDENTITY, METRICS, NAME
+from mergekit_karcher.host.graph import (
     found_by,
     is_buffer,
     loads_of,

@@ -15,8 +15,9 @@ import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
-from mergekit_karcher import __version__, autoload
+from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.host import import_hooks
 
 LOG = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def register() -> None:
     For programs that switch torch's autoload off, or that set MERGEKIT_KARCHER=0 and think better
     of it. Idempotent. Raises `KarcherError` if the installed mergekit does not fit.
     """
-    autoload.watch()
+    import_hooks.watch()
     registry = importlib.import_module("mergekit.merge_methods.registry")
     method = registry.get("karcher")
     if isinstance(method, _Refusal):
@@ -73,7 +74,7 @@ def register_methods(registry: Any) -> None:
 def look_at_plans(module: ModuleType) -> None:
     """Have the plans of `mergekit-yaml` and `mergekit-multi` looked at before they run."""
     if not isinstance(_method("karcher"), _Refusal):
-        from mergekit_karcher.plan import watch_planner
+        from mergekit_karcher.host.checks import watch_planner
 
         watch_planner(module.MergePlanner)
 
@@ -81,7 +82,7 @@ def look_at_plans(module: ModuleType) -> None:
 def look_at_flat_plans(module: ModuleType) -> None:
     """Have the plans of `mergekit-pytorch` looked at before they run."""
     if not isinstance(_method("karcher"), _Refusal):
-        from mergekit_karcher.plan import watch_flat_planner
+        from mergekit_karcher.host.checks import watch_flat_planner
 
         watch_flat_planner(module)
 
@@ -94,7 +95,7 @@ def look_again_at_commands(module: Any) -> None:
 
     @functools.wraps(apply)
     def apply_global_options(self: Any) -> Any:
-        autoload.watch()
+        import_hooks.watch()
         return apply(self)
 
     module.MergeOptions.apply_global_options = apply_global_options
@@ -102,7 +103,7 @@ def look_again_at_commands(module: Any) -> None:
 
 def look_again(_module: ModuleType) -> None:
     """Run the hooks of modules that were incomplete before."""
-    autoload.watch()
+    import_hooks.watch()
 
 
 def _method(name: str) -> Any:
@@ -121,10 +122,10 @@ def _build(name: str) -> Any:
     if OLDEST_MERGEKIT <= numbers < FIRST_UNTESTED_MERGEKIT:
         try:
             if name == "fisher":
-                from mergekit_karcher.fisher_method import build_fisher
+                from mergekit_karcher.host.fisher_method import build_fisher
 
                 return build_fisher()
-            from mergekit_karcher.method import build_method
+            from mergekit_karcher.host.methods import build_method
 
             return build_method(name)
         except Exception as error:

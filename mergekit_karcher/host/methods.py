@@ -8,8 +8,22 @@ from typing import Any, Literal
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.maths.mean import KarcherMean, Magnitude, Status
-from mergekit_karcher.merge import (
+from mergekit_karcher.host.parameters import (
+    floor_parameter,
+    metric_parameter,
+    origin_parameter,
+    parameter,
+    weight_parameter,
+)
+from mergekit_karcher.host.run import (
+    is_watched,
+    label,
+    note_zero_metrics,
+    observe,
+    record,
+    warn_of_16_bits,
+)
+from mergekit_karcher.means.karcher import (
     MAX_ITER,
     TOL,
     Group,
@@ -30,22 +44,8 @@ from mergekit_karcher.merge import (
     taking,
     total,
 )
-from mergekit_karcher.observe import observed
-from mergekit_karcher.parameters import (
-    floor_parameter,
-    metric_parameter,
-    origin_parameter,
-    parameter,
-    weight_parameter,
-)
-from mergekit_karcher.summary import (
-    is_watched,
-    label,
-    note_zero_metrics,
-    observe,
-    record,
-    warn_of_16_bits,
-)
+from mergekit_karcher.report.observation import observed
+from mergekit_karcher.sphere.solver import KarcherMean, Magnitude, Status
 
 _LOG = logging.getLogger(__name__)
 

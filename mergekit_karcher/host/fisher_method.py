@@ -7,15 +7,15 @@ from typing import Any
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.merge import Group
-from mergekit_karcher.metric.mean import precision_weighted
-from mergekit_karcher.parameters import (
+from mergekit_karcher.host.parameters import (
     floor_parameter,
     metric_parameter,
     origin_parameter,
     weight_parameter,
 )
-from mergekit_karcher.summary import FISHER, label, note_zero_metrics, record
+from mergekit_karcher.host.run import FISHER, label, note_zero_metrics, record
+from mergekit_karcher.means.fisher import precision_weighted
+from mergekit_karcher.means.karcher import Group
 
 NAME = FISHER
 IDENTITY = "identity"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mergekit_karcher.graph import only_tied
-from mergekit_karcher.metric_tasks import has_metric
-from mergekit_karcher.observe import ROUNDOFF
+from mergekit_karcher.host.graph import only_tied
+from mergekit_karcher.host.metric_tasks import has_metric
 from mergekit_karcher.report.build import Planned
 from mergekit_karcher.report.names import is_local, short_names
+from mergekit_karcher.report.observation import ROUNDOFF
 from mergekit_karcher.report.schema import Model, Settings
 
 

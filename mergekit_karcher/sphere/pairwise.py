@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_karcher.maths.geometry import Floats
-from mergekit_karcher.maths.mean import angles_to_point
+from mergekit_karcher.sphere.solver import angles_to_point
+from mergekit_karcher.sphere.trig import Floats
 
 
 @dataclass(frozen=True, eq=False)
-class Sphere:
+class PairwiseGeometry:
     """N vectors W_i as seen from one origin.
 
     norms: (N,), NaN for a vector that is not there.
@@ -45,16 +45,16 @@ class Sphere:
         differences: Floats = across + (n[:, None] - n) ** 2
         return differences
 
-    def take(self, index: NDArray[np.intp]) -> Sphere:
+    def take(self, index: NDArray[np.intp]) -> PairwiseGeometry:
         """Some of the vectors."""
-        return Sphere(self.norms[index], self.chords[np.ix_(index, index)])
+        return PairwiseGeometry(self.norms[index], self.chords[np.ix_(index, index)])
 
-    def among(self, index: NDArray[np.intp], count: int) -> Sphere:
+    def among(self, index: NDArray[np.intp], count: int) -> PairwiseGeometry:
         """The vectors at those places among count, the others of which are not there."""
         norms, chords = np.full(count, np.nan), np.full((count, count), np.nan)
         norms[index] = self.norms
         chords[np.ix_(index, index)] = self.chords
-        return Sphere(norms, chords)
+        return PairwiseGeometry(norms, chords)
 
     def linear_length(self, shares: Floats) -> float:
         """|sum w_i W_i| / sum w_i |W_i| over the vectors that are there; NaN where all are zero."""
@@ -91,16 +91,16 @@ class Sphere:
         return float(np.sqrt(max(0.0, rest.sum() ** 2 - rest @ some.chords @ rest / 2)))
 
 
-def sphere_of_gram(gram: Floats, exponents: NDArray[np.int64]) -> Sphere:
+def geometry_of_gram(gram: Floats, exponents: NDArray[np.int64]) -> PairwiseGeometry:
     """From inner products (N, N), scaled by 2^-(e_i + e_j), of vectors seen from zero."""
     scaled = np.sqrt(np.maximum(np.diagonal(gram), 0))
     lengths = np.where(scaled > 0, scaled, np.nan)
     chords = np.clip(2 - 2 * gram / lengths[:, None] / lengths, 0, 4)
     np.fill_diagonal(chords, np.where(scaled > 0, 0, np.nan))
-    return Sphere(_double(np.ldexp(scaled, exponents)), _double(chords))
+    return PairwiseGeometry(_double(np.ldexp(scaled, exponents)), _double(chords))
 
 
-def sphere_of_differences(gram: Floats, exponents: NDArray[np.int64]) -> Sphere:
+def geometry_of_differences(gram: Floats, exponents: NDArray[np.int64]) -> PairwiseGeometry:
     """The vectors seen from zero, from inner products of differences (N + 1, N + 1).
 
     The first N are those of W_i - B, the last is B itself; so are those of the result W_i and B.
@@ -117,19 +117,19 @@ def sphere_of_differences(gram: Floats, exponents: NDArray[np.int64]) -> Sphere:
     rise = np.append(own + 2 * across, 0)  # |W_i|^2 - |B|^2
     sums = norms[:, None] + norms
     steps = (rise[:, None] - rise) / np.where(sums > 0, sums, 1)
-    return Sphere(_double(norms), _double(_chords(apart, steps, norms)))
+    return PairwiseGeometry(_double(norms), _double(_chords(apart, steps, norms)))
 
 
-def seen_from(sphere: Sphere, index: int) -> Sphere:
+def as_seen_from(sphere: PairwiseGeometry, index: int) -> PairwiseGeometry:
     """The vectors as seen from one of them, which itself is not there any more (NaN)."""
     squared = sphere.squared_differences
     norms = np.sqrt(squared[index])
     chords = _chords(squared, norms[:, None] - norms, norms)
     norms[index] = np.nan
-    return Sphere(norms, chords)
+    return PairwiseGeometry(norms, chords)
 
 
-def joined(spheres: Sequence[Sphere]) -> Sphere:
+def joined(spheres: Sequence[PairwiseGeometry]) -> PairwiseGeometry:
     """Vectors that consist of those parts; a pair counts the parts that both of it have."""
     norms = np.array([sphere.norms for sphere in spheres])
     parts = np.array([np.nan_to_num(sphere.chords) for sphere in spheres])
@@ -144,7 +144,7 @@ def joined(spheres: Sequence[Sphere]) -> Sphere:
     there = np.isfinite(norms).any(0)
     lengths = np.where(there, np.sqrt((np.nan_to_num(norms) ** 2).sum(0)), np.nan)
     np.fill_diagonal(chords, np.where(lengths > 0, 0, np.nan))
-    return Sphere(lengths, chords)
+    return PairwiseGeometry(lengths, chords)
 
 
 def _chords(squared: Floats, steps: Floats, norms: Floats) -> Floats:

@@ -13,9 +13,9 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-from mergekit_karcher.graph import only_tied, with_merges_replaced
-from mergekit_karcher.maths.mean import KarcherMean
-from mergekit_karcher.metric_tasks import Loads, asked_of, metric_loads, metrics_of
+from mergekit_karcher.host.graph import only_tied, with_merges_replaced
+from mergekit_karcher.host.metric_tasks import Loads, asked_of, metric_loads, metrics_of
+from mergekit_karcher.sphere.solver import KarcherMean
 
 
 @cache

@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 from mergekit_karcher.cli.config import named_in, read_config
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.maths.mean import KarcherMean
-from mergekit_karcher.method import NAMES
-from mergekit_karcher.plan import check_parameter_names, looked_at
-from mergekit_karcher.plugin import register
+from mergekit_karcher.host.checks import check_parameter_names, looked_at
+from mergekit_karcher.host.install import register
+from mergekit_karcher.host.methods import NAMES
+from mergekit_karcher.host.planned import planned_of
+from mergekit_karcher.host.run import FISHER
+from mergekit_karcher.host.whole_model import means_only
 from mergekit_karcher.report.build import build
 from mergekit_karcher.report.names import RAW_SUFFIXES, is_local
-from mergekit_karcher.report.planned import planned_of
 from mergekit_karcher.report.schema import Report
-from mergekit_karcher.summary import FISHER
-from mergekit_karcher.whole_model import means_only
+from mergekit_karcher.sphere.solver import KarcherMean
 
 _OURS = "karcher"
 # What karcher reads of the config of another method; fisher's has metrics as well.

@@ -9,9 +9,9 @@ from functools import reduce
 import torch
 
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.kernels.metrics import sum_and_least
 from mergekit_karcher.kernels.precision import precision_mean
-from mergekit_karcher.metric.checks import FLOOR, check_floor, checked_total, warn_of_zeros
+from mergekit_karcher.kernels.sums import sum_and_least
+from mergekit_karcher.means.metric import FLOOR, check_floor, checked_total, warn_of_zeros
 
 
 def fisher_mean(

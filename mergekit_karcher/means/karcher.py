@@ -15,12 +15,17 @@ from numpy.typing import NDArray
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels.combine import combine
 from mergekit_karcher.kernels.gram import grams
-from mergekit_karcher.kernels.metrics import SharedMetric
-from mergekit_karcher.maths.geometry import Floats
-from mergekit_karcher.maths.gradient import pull_back
-from mergekit_karcher.maths.mean import KarcherMean, Magnitude, Means, gathered, means_of_grams
-from mergekit_karcher.metric.checks import FLOOR, warn_of_zeros
-from mergekit_karcher.metric.shared import shared_metric
+from mergekit_karcher.kernels.shared_metric import SharedMetric
+from mergekit_karcher.means.metric import FLOOR, shared_metric, warn_of_zeros
+from mergekit_karcher.sphere.solver import (
+    KarcherMean,
+    Magnitude,
+    SphereMeans,
+    gathered,
+    solve_means,
+)
+from mergekit_karcher.sphere.trig import Floats
+from mergekit_karcher.sphere.vjp import vjp
 
 MAX_ITER = 100
 TOL = 1e-12
@@ -404,7 +409,7 @@ class _Job:
     ) -> None:
         self.groups, self.weights, self.settings = list(groups), weights, settings
         self.watch = watch
-        self.solved: list[Means] = []
+        self.solved: list[SphereMeans] = []
         self.coefficients: Floats = np.empty((0, 0))
         self.counted = [*_counted(groups)]
 
@@ -442,7 +447,7 @@ class _Job:
         watched = self.watch is not None
         return products_of(group, with_base=watched, by_row=by_row, exact=exact)
 
-    def _means(self) -> Iterator[Means]:
+    def _means(self) -> Iterator[SphereMeans]:
         """The means, block after block."""
         count = len(self.weights)
         if self.settings.granularity == "model":
@@ -482,10 +487,10 @@ class _Job:
             self.watch(group, total(seen))
 
     def pulled_back(self, products: Products, block: int) -> Floats:
-        """What `pull_back` says of a block, for each input (R, N, N + 1) over the inputs and v."""
+        """What `vjp` says of a block, for each input (R, N, N + 1) over the inputs and v."""
         means = self.solved[block]
         magnitude = self.settings.magnitude
-        ahead, among = pull_back(products.grams, self.weights, products.exponents, means, magnitude)
+        ahead, among = vjp(products.grams, self.weights, products.exponents, means, magnitude)
         return np.concatenate([among, ahead[:, :, None]], axis=-1)
 
 
@@ -498,8 +503,8 @@ def _counted(groups: Sequence[Group]) -> Iterator[bool]:
         seen.add(place)
 
 
-def _solved(products: Products, weights: Floats, settings: Settings) -> Means:
-    return means_of_grams(
+def _solved(products: Products, weights: Floats, settings: Settings) -> SphereMeans:
+    return solve_means(
         products.grams,
         weights,
         products.exponents,
@@ -575,7 +580,7 @@ def _with_upstream(group: Group, gradient: torch.Tensor) -> Group:
 
 
 def _gradient(group: Group, coefficients: Floats, dtype: torch.dtype) -> torch.Tensor:
-    """What `pull_back` says of one input, from its coefficients over such a group."""
+    """What `vjp` says of one input, from its coefficients over such a group."""
     if group.metric is None:
         return combine(group.tensors, coefficients, dtype)
     found = combine(group.tensors, coefficients, torch.float64)

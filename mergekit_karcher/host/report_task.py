@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mergekit_karcher.host.run import Stage
 from mergekit_karcher.report.build import Planned, build
-from mergekit_karcher.report.files import NO_PLOTS, write
-from mergekit_karcher.summary import Stage
+from mergekit_karcher.report.store import NO_PLOTS, write
 
 _LOG = logging.getLogger(__name__)
 

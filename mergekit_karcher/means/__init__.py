@@ -1,0 +1,1 @@
+"""SphereMeans of tensors: tensors in, tensor out."""

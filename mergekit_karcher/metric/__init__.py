@@ -1,1 +1,0 @@
-"""Merging by metrics other than the sphere's: which parameters each model is sure of."""

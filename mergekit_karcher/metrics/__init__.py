@@ -1,0 +1,1 @@
+"""Making metrics: from data, or from what an optimizer kept."""
