@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "KarcherError": "mergekit_karcher.errors",
-    "KarcherMean": "mergekit_karcher.sphere.solver",
+    "KarcherMean": "mergekit_karcher.means.result",
     "Status": "mergekit_karcher.sphere.solver",
     "fisher_mean": "mergekit_karcher.means.fisher",
     "karcher_mean": "mergekit_karcher.means.karcher",

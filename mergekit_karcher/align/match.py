@@ -33,7 +33,7 @@ from mergekit_karcher.means.karcher import (
     products_of,
     total,
 )
-from mergekit_karcher.sphere.solver import KarcherMean
+from mergekit_karcher.means.result import KarcherMean
 
 # Gives a tensor by name; borrowed.
 Get = Callable[[str], torch.Tensor]

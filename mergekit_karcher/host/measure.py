@@ -20,10 +20,10 @@ from mergekit_karcher.host.methods import NAMES
 from mergekit_karcher.host.planned import planned_of
 from mergekit_karcher.host.run import FISHER
 from mergekit_karcher.host.whole_model import means_only
+from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.report.build import build
 from mergekit_karcher.report.names import RAW_SUFFIXES, is_local
 from mergekit_karcher.report.schema import Report
-from mergekit_karcher.sphere.solver import KarcherMean
 
 _OURS = "karcher"
 # What karcher reads of the config of another method; fisher's has metrics as well.

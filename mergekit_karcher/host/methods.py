@@ -44,8 +44,9 @@ from mergekit_karcher.means.karcher import (
     taking,
     total,
 )
+from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.report.observation import observed
-from mergekit_karcher.sphere.solver import KarcherMean, Magnitude, Status
+from mergekit_karcher.sphere.solver import Magnitude, Status
 
 _LOG = logging.getLogger(__name__)
 

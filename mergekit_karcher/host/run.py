@@ -12,8 +12,9 @@ import click
 import numpy as np
 
 from mergekit_karcher.means.karcher import Group
+from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.report.observation import Observation
-from mergekit_karcher.sphere.solver import KarcherMean, Status
+from mergekit_karcher.sphere.solver import Status
 
 _LOG = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mergekit_karcher.host.graph import only_tied, with_merges_replaced
 from mergekit_karcher.host.metric_tasks import Loads, asked_of, metric_loads, metrics_of
-from mergekit_karcher.sphere.solver import KarcherMean
+from mergekit_karcher.means.result import KarcherMean
 
 
 @cache

@@ -17,13 +17,8 @@ from mergekit_karcher.kernels.combine import combine
 from mergekit_karcher.kernels.gram import grams
 from mergekit_karcher.kernels.shared_metric import SharedMetric
 from mergekit_karcher.means.metric import FLOOR, shared_metric, warn_of_zeros
-from mergekit_karcher.sphere.solver import (
-    KarcherMean,
-    Magnitude,
-    SphereMeans,
-    gathered,
-    solve_means,
-)
+from mergekit_karcher.means.result import KarcherMean, gathered
+from mergekit_karcher.sphere.solver import Magnitude, SphereMeans, solve_means
 from mergekit_karcher.sphere.trig import Floats
 from mergekit_karcher.sphere.vjp import vjp
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.report.kinds import ORDER, kind_of, layer_of
 from mergekit_karcher.report.observation import RMS_ROUNDING, Observation
 from mergekit_karcher.report.schema import (
@@ -24,7 +25,7 @@ from mergekit_karcher.report.schema import (
 )
 from mergekit_karcher.report.verdict import verdict_of
 from mergekit_karcher.sphere.pairwise import PairwiseGeometry, as_seen_from, joined
-from mergekit_karcher.sphere.solver import KarcherMean, normalised
+from mergekit_karcher.sphere.solver import normalised
 from mergekit_karcher.sphere.trig import Floats
 
 

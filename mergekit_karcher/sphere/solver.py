@@ -16,7 +16,6 @@ have nothing to do with each other but the weights: the first axis of every arra
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -56,10 +55,6 @@ class Status(enum.Enum):
     ZERO = "no input with a weight has any length; the weighted linear mean was returned"
 
 
-# The worst one of many rows comes first.
-_WORST = (Status.NOT_UNIQUE, Status.NOT_CONVERGED, Status.CONVERGED, Status.ZERO)
-
-
 class Magnitude(enum.Enum):
     """The length of the mean, from weights w_i that sum to one and the norms n_i = |W_i|."""
 
@@ -87,49 +82,6 @@ class SphereMeans:
     residuals: Floats
     unique: Bools
     statuses: NDArray[Any]
-
-
-@dataclass(frozen=True, eq=False)
-class KarcherMean:
-    """The mean W = base + sum_i coefficients_i (W_i - base) of N inputs, and what is known of it.
-
-    coefficients: (N,) float64, or with granularity row (R, N), one set for each row; zero for an
-        input without weight, or without direction unless none has one. Without a base,
-        W = sum_i coefficients_i W_i.
-    angles: (N,) float64, radians from each input to the result, as seen from the origin, the
-        largest of the rows; NaN where either has no direction or the input has no weight. Computed
-        from a Gram matrix: below 1e-7 rad only the order of magnitude is meaningful.
-    iterations: steps taken, over the start that won; the most of any row.
-    residual: radians, the tangent step that remains at the result; the longest of the rows; NaN for
-        a fall-back.
-    unique: whether the inputs, in every row, were proven to have one mean, to which the steps lead.
-    status: how it ended, for the worst of the rows; `status.value` is a sentence with the remedy.
-    """
-
-    coefficients: Floats
-    angles: Floats
-    iterations: int
-    residual: float
-    unique: bool
-    status: Status
-
-    @property
-    def converged(self) -> bool:
-        """Whether the coefficients are those of a Karcher mean, to within the tolerance."""
-        return self.status in (Status.CONVERGED, Status.ZERO)
-
-
-def gathered(blocks: Sequence[SphereMeans], coefficients: Floats) -> KarcherMean:
-    """One result of many means, whose coefficients lie in one array."""
-    statuses = {status for block in blocks for status in block.statuses}
-    return KarcherMean(
-        coefficients,
-        np.fmax.reduce(np.concatenate([block.angles for block in blocks]), axis=0),
-        max(int(block.iterations.max()) for block in blocks),
-        float(np.fmax.reduce(np.concatenate([block.residuals for block in blocks]))),
-        all(bool(block.unique.all()) for block in blocks),
-        next(status for status in _WORST if status in statuses),
-    )
 
 
 def normalised(weights: Floats) -> Floats:
