@@ -1,17 +1,15 @@
-"""The precision-weighted mean of one tensor of several models."""
+"""`fisher_mean`: the precision-weighted mean, each input in its own diagonal metric."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 
-from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels.precision import precision_mean
-from mergekit_karcher.kernels.sums import sum_and_least
-from mergekit_karcher.means.metric import FLOOR, check_floor, checked_total, warn_of_zeros
+from mergekit_karcher.means.finite import check_result
+from mergekit_karcher.means.inputs import Inputs, checked_inputs
+from mergekit_karcher.means.metric import FLOOR, check_floor, warn_of_zeros
 
 
 def fisher_mean(
@@ -29,90 +27,70 @@ def fisher_mean(
     tensors weighted by w_k G_k (Matena & Raffel 2022, equation 4; with G the diagonal Fisher
     information it is Fisher merging).
 
-    tensors: N >= 1 of one shape and device, floating, mixed as you like; borrowed.
-    metrics: one for each, of its shape and device, floating, finite and >= 0; None is one
-        everywhere. Only their ratios matter. A metric that is zero everywhere gives its model no
-        weight here; where all are, the weighted mean is taken, with a warning.
-    weights: N finite numbers >= 0, not all zero; default all equal.
-    floor: added to each metric, as a fraction of its own mean over the tensor, so that where no
-        model is sure of anything all count alike. Entries of real metrics reach 1e-24; an absolute
-        floor would drown them.
-    labels, name: of the models and the tensor, for messages.
+    Arguments:
+        tensors: N >= 1 of one shape and device; float16, bfloat16, float32 or float64, mixed as you
+            like; borrowed.
+        metrics: One for each, of its shape and device, floating, finite and >= 0; None is one
+            everywhere. Only their ratios matter. A metric that is zero everywhere gives its model
+            no weight; where all are, the weighted mean is taken, with a warning.
+        weights: N finite numbers >= 0, not all zero; by default all equal.
+        floor: The fraction of each metric's mean over the tensor that is added to it, so that where
+            no model is sure of anything all count alike. Entries of real metrics reach 1e-24; an
+            absolute floor would drown them. Elements where all metrics and the floor are zero get
+            the weighted mean.
+        labels: The models, for messages.
+        name: The tensor, for messages.
 
-    Returns the promoted dtype of the tensors, rounded once; sums run in float64.
-    Raises `KarcherError` for anything else.
+    Returns:
+        A new tensor of the dtype that all tensors promote to, rounded once; sums run in float64.
+
+    Raises:
+        KarcherError: For anything that it cannot merge.
     """
     count = len(tensors)
-    labels = labels or [f"input {index}" for index in range(count)]
-    shares = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    merged, seen = precision_weighted(tensors, metrics, shares, floor, labels, name)
-    if not seen:
+    inputs = checked_inputs(
+        name,
+        tensors,
+        labels or [f"input {index}" for index in range(count)],
+        [1.0] * count if weights is None else [float(weight) for weight in weights],
+        metrics=metrics,
+    )
+    if inputs.metrics_are_zero:
         warn_of_zeros(name)
-    return merged
+    return precision_weighted(inputs, floor)
 
 
 def precision_weighted(
-    tensors: Sequence[torch.Tensor],
-    metrics: Sequence[torch.Tensor | None],
-    shares: Sequence[float],
-    floor: float,
-    labels: Sequence[str],
-    name: str,
-) -> tuple[torch.Tensor, bool]:
-    """The same, and whether any metric is more than zeros."""
-    count = len(tensors)
-    if len(metrics) != count or len(shares) != count:
-        raise KarcherError(f"{name} needs one metric and one weight for each of {count} tensors.")
+    inputs: Inputs, floor: float, saved_as: torch.dtype | None = None
+) -> torch.Tensor:
+    """The mean of checked inputs, each weighted by its metric; see `fisher_mean`.
+
+    Arguments:
+        inputs: N of them; borrowed. Without metrics all elements count alike.
+        floor: The fraction of each metric's mean that is added to it.
+        saved_as: The dtype that the result is cast to in the end; by default its own.
+
+    Returns:
+        A new tensor of the dtype that all inputs promote to.
+
+    Raises:
+        KarcherError: If floor is no fraction, or an input or the result is not finite.
+    """
     check_floor(floor)
-    if not all(0 <= share < math.inf for share in shares) or not any(shares):
-        raise KarcherError(
-            f"The weights for {name} are {shares}: give finite numbers of 0 or more, not all 0."
-        )
-    chosen = [index for index, share in enumerate(shares) if share > 0]
-    floors = [0.0] * count
-    empty = []
-    for index in chosen:
-        metric = metrics[index]
-        _check_tensor(tensors[index], tensors[chosen[0]], labels[index], name)
-        if metric is None:
-            continue
-        total = checked_total(metric, tensors[index], labels[index], name)
-        floors[index] = floor * total / max(1, metric.numel())
-        if total == 0:
-            empty.append(index)
-    used = [index for index in chosen if index not in empty]
-    own, seen = list(metrics), bool(used)
-    if not seen:
-        used, own = chosen, [None] * count
-    dtype = reduce(torch.promote_types, (tensors[index].dtype for index in chosen))
-    if len(used) == 1:
-        merged = tensors[used[0]].to(dtype, copy=True)
+    metrics = inputs.metrics or (None,) * len(inputs.tensors)
+    if inputs.metrics_are_zero:
+        metrics = (None,) * len(inputs.tensors)
+    sure = [place for place, metric in enumerate(metrics) if metric is None or metric.mean > 0]
+    if len(sure) == 1:
+        result = inputs.tensors[sure[0]].to(inputs.dtype, copy=True)
     else:
-        merged = precision_mean(
-            [tensors[index] for index in used],
-            [own[index] for index in used],
-            [shares[index] for index in used],
-            [floors[index] for index in used],
-            dtype,
+        chosen = [metrics[place] for place in sure]
+        result = precision_mean(
+            [inputs.tensors[place] for place in sure],
+            [None if metric is None else metric.values for metric in chosen],
+            [float(inputs.weights[place]) for place in sure],
+            [0.0 if metric is None else floor * metric.mean for metric in chosen],
+            inputs.dtype,
         )
-    if not math.isfinite(sum_and_least(merged)[0]):
-        # A mean is not finite only where one of its inputs is not; a sum is quicker to look at.
-        for index in used:
-            _check_finite(tensors[index], labels[index], name)
-    return merged, seen
-
-
-def _check_tensor(tensor: torch.Tensor, first: torch.Tensor, label: str, name: str) -> None:
-    if not tensor.is_floating_point() or tensor.shape != first.shape:
-        raise KarcherError(
-            f"{name} of {label} is {tensor.dtype} of shape {tuple(tensor.shape)}, but a mean needs "
-            f"floating-point tensors of one shape, {tuple(first.shape)} here."
-        )
-
-
-def _check_finite(tensor: torch.Tensor, label: str, name: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise KarcherError(
-            f"{name} of {label} has values that are not finite: repair or leave out that model, or "
-            "give it a weight of 0."
-        )
+    check_result(result, inputs, saved_as or result.dtype)
+    return result

@@ -1,10 +1,11 @@
-"""Diagonal metrics of models: what they must be, and the one that several models share."""
+"""Diagonal metrics: what a model's metric must be, and the one that several models share."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,29 +17,49 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _LOG = logging.getLogger(__name__)
 
-# Of a metric's own mean over the tensor.
+# Of a metric's mean over the tensor.
 FLOOR = 1e-6
 
 
-def check_floor(floor: float) -> None:
-    """Raise unless it is a fraction."""
-    if not 0 <= floor < math.inf:
-        raise KarcherError(f"floor is {floor}: give a finite fraction of 0 or more.")
+class DiagonalMetric(NamedTuple):
+    """One model's metric of one tensor, checked.
+
+    values: G, of the tensor's shape and device, floating, finite and >= 0; borrowed.
+    mean: of all values, in float64; zero if all of them are.
+    """
+
+    values: torch.Tensor
+    mean: float
 
 
-def checked_total(metric: torch.Tensor, tensor: torch.Tensor, label: str, name: str) -> float:
-    """The sum of a model's metric of one tensor; raises unless it is one."""
-    if metric.shape != tensor.shape:
+def checked_metric(
+    values: torch.Tensor, tensor: torch.Tensor, label: str, name: str
+) -> DiagonalMetric:
+    """A model's metric of one tensor, after one pass over its values.
+
+    Arguments:
+        values: The metric; borrowed.
+        tensor: The tensor that it is of, for its shape.
+        label, name: The model and the tensor, for messages.
+
+    Returns:
+        The metric and its mean.
+
+    Raises:
+        KarcherError: If the shapes differ, or the values are not floating-point numbers, not
+            finite, or negative somewhere.
+    """
+    if values.shape != tensor.shape:
         raise KarcherError(
-            f"The metric of {name} for {label} has shape {tuple(metric.shape)}, but the tensor has "
+            f"The metric of {name} for {label} has shape {tuple(values.shape)}, but the tensor has "
             f"{tuple(tensor.shape)}: make it anew from that model."
         )
-    if metric.dtype not in _DTYPES:
+    if values.dtype not in _DTYPES:
         raise KarcherError(
-            f"The metric of {name} for {label} is {metric.dtype}: give floating-point numbers, "
+            f"The metric of {name} for {label} is {values.dtype}: give floating-point numbers, "
             "float16, bfloat16, float32 or float64."
         )
-    total, least = sum_and_least(metric)
+    total, least = sum_and_least(values)
     if not math.isfinite(total) or math.isnan(least):
         raise KarcherError(
             f"The metric of {name} for {label} is not finite everywhere: make it anew, or give "
@@ -49,53 +70,55 @@ def checked_total(metric: torch.Tensor, tensor: torch.Tensor, label: str, name: 
             f"The metric of {name} for {label} is negative ({least:.3g}) somewhere, which no "
             "precision can be: make it anew, or give that model metric: identity."
         )
-    return total
+    return DiagonalMetric(values, total / max(1, values.numel()))
+
+
+def check_floor(floor: float) -> None:
+    """Raise `KarcherError` unless floor is a finite fraction of 0 or more."""
+    if not 0 <= floor < math.inf:
+        raise KarcherError(f"floor is {floor}: give a finite fraction of 0 or more.")
+
+
+def shared_metric(
+    metrics: Sequence[DiagonalMetric | None], weights: Sequence[float], floor: float
+) -> SharedMetric:
+    """G = sum_k w_k (G_k + floor mean(G_k)), element by element.
+
+    Nothing depends on the scale of G: angles and the coefficients of a mean are ratios.
+
+    Arguments:
+        metrics: One for each of N models; None is one everywhere. Borrowed, and held by the result.
+        weights: N finite numbers > 0.
+        floor: The fraction of each metric's mean that is added to it.
+
+    Returns:
+        The shared metric. Without a single G_k that is not zero everywhere it has no tensors: it is
+        the same for every element.
+
+    Raises:
+        KarcherError: If floor is not a finite fraction of 0 or more.
+    """
+    check_floor(floor)
+    largest = max(weights)
+    values, shares, constant, mean = [], [], 0.0, 0.0
+    for metric, weight in zip(metrics, weights, strict=True):
+        share = weight / largest
+        if metric is None:
+            constant += share
+        elif metric.mean > 0:
+            values.append(metric.values)
+            shares.append(share)
+            constant += share * floor * metric.mean
+            mean += share * metric.mean
+    exponent = math.frexp(mean + constant)[1] // 2
+    return SharedMetric(
+        values,
+        [math.ldexp(share, -2 * exponent) for share in shares],
+        math.ldexp(constant, -2 * exponent),
+        exponent,
+    )
 
 
 def warn_of_zeros(name: str) -> None:
     """Say that a tensor is merged as if there were no metrics."""
     _LOG.warning("The metrics of %s are zero in every model: it is merged as without any.", name)
-
-
-def shared_metric(
-    tensors: Sequence[torch.Tensor],
-    metrics: Sequence[torch.Tensor | None],
-    weights: Sequence[float],
-    *,
-    floor: float,
-    labels: Sequence[str],
-    name: str,
-) -> SharedMetric:
-    """G = sum_k w_k (G_k + floor mean(G_k)), element by element, over the models with a weight.
-
-    tensors: N >= 1, for their shape. metrics: one for each, as in `fisher_mean`; None is one
-    everywhere. weights: N finite numbers >= 0. Nothing depends on the scale of G: angles and the
-    coefficients of a mean are ratios. Without a single G_k that is not zero everywhere the result
-    is flat, has no tensors.
-    Raises `KarcherError` for a metric that is none.
-    """
-    check_floor(floor)
-    if len(metrics) != len(tensors):
-        raise KarcherError(f"{name} needs one metric for each of {len(tensors)} tensors.")
-    largest = max(weights, default=0) or 1.0
-    given, shares, constant, mean = [], [], 0.0, 0.0
-    for tensor, metric, weight, label in zip(tensors, metrics, weights, labels, strict=True):
-        share = weight / largest
-        if share == 0:
-            continue
-        if metric is None:
-            constant += share
-            continue
-        average = checked_total(metric, tensor, label, name) / max(1, metric.numel())
-        if average > 0:
-            given.append(metric)
-            shares.append(share)
-            constant += share * floor * average
-            mean += share * average
-    exponent = math.frexp(mean + constant)[1] // 2
-    return SharedMetric(
-        given,
-        [math.ldexp(share, -2 * exponent) for share in shares],
-        math.ldexp(constant, -2 * exponent),
-        exponent,
-    )

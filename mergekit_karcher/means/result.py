@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class KarcherMean:
         a fall-back.
     unique: whether the inputs, in every row, were proven to have one mean, to which the steps lead.
     status: how it ended, for the worst of the rows; `status.value` is a sentence with the remedy.
+    length: |W - base|, in the metric if there is one; the longest of the rows.
     """
 
     coefficients: Floats
@@ -37,21 +38,52 @@ class KarcherMean:
     residual: float
     unique: bool
     status: Status
+    length: float
 
     @property
     def converged(self) -> bool:
         """Whether the coefficients are those of a Karcher mean, to within the tolerance."""
         return self.status in (Status.CONVERGED, Status.ZERO)
 
+    def with_others(self, places: Sequence[int], count: int) -> KarcherMean:
+        """The same mean as one of more inputs, the others of which have no weight.
 
-def gathered(blocks: Sequence[SphereMeans], coefficients: Floats) -> KarcherMean:
-    """One result of many means, whose coefficients lie in one array."""
-    statuses = {status for block in blocks for status in block.statuses}
+        Arguments:
+            places: Where each of the N inputs stands among all.
+            count: How many there are.
+
+        Returns:
+            A mean of count inputs; the coefficients of the others are zero, their angles NaN.
+        """
+        if len(places) == count:
+            return self
+        coefficients = np.zeros((*self.coefficients.shape[:-1], count))
+        angles = np.full(count, np.nan)
+        coefficients[..., list(places)] = self.coefficients
+        angles[list(places)] = self.angles
+        return replace(self, coefficients=coefficients, angles=angles)
+
+
+def over_rows(
+    means: Sequence[SphereMeans], coefficients: Floats, lengths: Sequence[Floats]
+) -> KarcherMean:
+    """One result for the means of many rows.
+
+    Arguments:
+        means: Those of some rows each.
+        coefficients: (N,) or (R, N), those of all rows.
+        lengths: The lengths of the means of some rows each.
+
+    Returns:
+        A result that holds the coefficients, and of everything else the worst.
+    """
+    statuses = {status for block in means for status in block.statuses}
     return KarcherMean(
         coefficients,
-        np.fmax.reduce(np.concatenate([block.angles for block in blocks]), axis=0),
-        max(int(block.iterations.max()) for block in blocks),
-        float(np.fmax.reduce(np.concatenate([block.residuals for block in blocks]))),
-        all(bool(block.unique.all()) for block in blocks),
+        np.fmax.reduce(np.concatenate([block.angles for block in means]), axis=0),
+        max(int(block.iterations.max()) for block in means),
+        float(np.fmax.reduce(np.concatenate([block.residuals for block in means]))),
+        all(bool(block.unique.all()) for block in means),
         next(status for status in _WORST if status in statuses),
+        max(float(block.max()) for block in lengths),
     )

@@ -1,0 +1,87 @@
+"""Where NaN and infinity are refused: in the inputs, and in results that a dtype cannot hold."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.kernels.sums import sum_and_least
+from mergekit_karcher.means.inputs import Inputs
+
+# A length that was rounded may be a little too small.
+_SLACK = 1 + 1e-6
+
+
+def refuse_not_finite(inputs: Inputs, place: int) -> NoReturn:
+    """Say which value of an input, or of the base, made its inner products not finite.
+
+    Arguments:
+        inputs: Checked inputs; one of them, its difference from the base, or the base is at fault.
+        place: Which input; N stands for the base.
+
+    Raises:
+        KarcherError: Always.
+    """
+    suspects = [*zip(inputs.tensors, inputs.labels, strict=True)][place : place + 1]
+    if inputs.base is not None:
+        suspects.append((inputs.base, "base"))
+    for tensor, label in suspects:
+        _check_finite(tensor, label, inputs.name)
+    raise KarcherError(
+        f"The difference of {inputs.name} of {suspects[0][1]} from the base is not finite: "
+        "repair or leave out that model, or give it a weight of 0."
+    )
+
+
+def check_result(
+    result: torch.Tensor, inputs: Inputs, dtype: torch.dtype, length: float | None = None
+) -> None:
+    """Check that the mean of inputs is finite in the dtype that it is to be saved in.
+
+    Arguments:
+        result: The mean. Read only where it could be too large.
+        inputs: What it is the mean of.
+        dtype: What it is saved in, or its own.
+        length: |result - base|, the Euclidean one; None if it is not known.
+
+    Raises:
+        KarcherError: If a value of an input is not finite, or if one of the result is beyond the
+            largest number of the dtype.
+    """
+    largest = torch.finfo(dtype).max
+    # The base holds numbers of that dtype: less than half a unit more is rounded away.
+    room = largest if inputs.base is None else largest * torch.finfo(dtype).eps / 4
+    narrowed = dtype != result.dtype and largest < torch.finfo(result.dtype).max
+    if (
+        length is not None
+        and length * _SLACK <= room
+        and not (narrowed and inputs.base is not None)
+    ):
+        return
+    saved = result.to(dtype)
+    if math.isfinite(sum_and_least(saved)[0]) or bool(torch.isfinite(saved).all()):
+        return
+    for tensor, label in zip(inputs.tensors, inputs.labels, strict=True):
+        _check_finite(tensor, label, inputs.name)
+    short = str(dtype).removeprefix("torch.")
+    raise KarcherError(
+        f"The mean of {inputs.name} has values beyond {largest:.6g}, the largest number that "
+        f"{short} holds: take dtype: float32, and out_dtype: bfloat16 for a result of 16 bits."
+    )
+
+
+def _check_finite(tensor: torch.Tensor, label: str, name: str) -> None:
+    flat = tensor.detach().reshape(-1)
+    bad = torch.nonzero(~torch.isfinite(flat)).reshape(-1)
+    if len(bad) == 0:
+        return
+    index = int(bad[0])
+    place = [int(i) for i in np.unravel_index(index, tensor.shape)]
+    raise KarcherError(
+        f"{name} of {label} is not finite in {len(bad)} of {len(flat)} places, first {flat[index]} "
+        f"at {place}: repair or leave out that model, or give it a weight of 0."
+    )
