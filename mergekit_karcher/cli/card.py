@@ -10,9 +10,9 @@ import click
 import yaml
 from huggingface_hub import ModelCard
 
-from mergekit_karcher.cli.config import MODEL_KEYS, metrics_in, named_in, read_config
 from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.host.documents import MODEL_KEYS, metrics_in, named_in, read_config
 from mergekit_karcher.report.names import is_local, short_names
 from mergekit_karcher.report.schema import Report
 from mergekit_karcher.report.store import JSON, copy, plots_in, read

@@ -1,13 +1,30 @@
-"""Merge tasks in the plans that mergekit makes: what they read, and others in their place."""
+"""Reading the plans that mergekit makes, and putting other tasks into them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+from mergekit_karcher.host import compat
+from mergekit_karcher.host.run import FISHER
+
+
+def merge_tasks(tasks: Iterable[Any], names: Sequence[str]) -> list[Any]:
+    """The tasks of a plan that merge a tensor by one of those methods."""
+    merges = [getattr(task, "tensor_task", None) for task in tasks]
+    return [merge for merge in merges if getattr(merge, "method_name", None) in names]
 
 
 def with_merges_replaced(tasks: Sequence[Any], new: Mapping[int, Any]) -> list[Any]:
-    """A plan with other tasks in the place of its merge tasks, by the id of what they replace."""
+    """A plan with other tasks in the place of its merge tasks.
+
+    Arguments:
+        tasks: The plan.
+        new: The new tasks, by the id of those that they replace.
+
+    Returns:
+        The plan, in the same order, with the tasks that save or return what was merged changed.
+    """
     changed = {
         id(task): task.model_copy(update={"tensor_task": new[id(task.tensor_task)]})
         for task in tasks
@@ -23,26 +40,59 @@ def with_merges_replaced(tasks: Sequence[Any], new: Mapping[int, Any]) -> list[A
     return result
 
 
-def loads_of(task: Any) -> Iterator[tuple[Any, Any]]:
+def saved_dtypes(tasks: Iterable[Any]) -> dict[int, str | None]:
+    """The dtype that each merged tensor is saved in, by the id of its merge task."""
+    return {
+        id(task.tensor_task): task.dtype or getattr(task.tensor_task, "out_dtype", None)
+        for task in tasks
+        if hasattr(task, "tensor_task")
+    }
+
+
+def loads_of(merge: Any) -> Iterator[tuple[Any, Any]]:
     """The tasks that load the inputs of a merge task, with their models."""
-    gather = task.gather_tensors
-    while hasattr(gather, "gather_tensors"):
-        gather = gather.gather_tensors
+    gather = _innermost_gather(merge)
     if hasattr(gather, "tensors"):  # of mergekit-pytorch
         yield from gather.tensors.items()
     else:
         yield from ((load.model, load) for load in gather.arguments().values())
 
 
-def found_by(load: Any) -> bool:
-    """Whether a checkpoint has what a load task is to find, or must have it."""
+def weights_read(merge: Any) -> Iterable[tuple[Any, Any]]:
+    """What a merge task of mergekit-yaml reads: `WeightInfo` by model."""
+    gather = _innermost_gather(merge)
+    return gather.weight_info.items() if hasattr(gather, "weight_info") else ()
+
+
+def named_metrics(merge: Any) -> Iterator[tuple[Any, Any, str]]:
+    """The inputs of a merge task that count, what loads each, and the metric that it names."""
+    base = merge.base_model if merge.parameters["origin"] == "base" else None
+    for model, load in loads_of(merge):
+        parameters = merge.input_parameters[model]
+        if parameters["weight"] > 0 and model != base and is_in_checkpoint(load):
+            yield model, load, parameters["metric"]
+
+
+def has_metric(merge: Any) -> bool:
+    """Whether a merge task is to weigh parameters: fisher always does, karcher if a model asks."""
+    asked = any(metric for _, _, metric in named_metrics(merge))
+    return bool(merge.method_name == FISHER or asked)
+
+
+def changes_vocabulary(merge: Any) -> bool:
+    """Whether a tokenizer setting permutes or fills up what a merge task reads."""
+    return hasattr(merge.gather_tensors, "gather_tensors")
+
+
+def is_in_checkpoint(load: Any) -> bool:
+    """Whether a checkpoint has what a load task is to read, or must have it."""
     if _is_raw(load):
-        return _place(load) in _loader(load).index.tensor_paths
-    return not load.optional or _place(load) is not None
+        return _name_in_checkpoint(load) in _loader(load).index.tensor_paths
+    return not load.optional or _name_in_checkpoint(load) is not None
 
 
 def names_of(load: Any) -> list[str]:
-    """The names under which a load task looks for its tensor, the first that is there."""
+    """The names under which a load task looks for its tensor; the first that is there counts."""
     if _is_raw(load):
         return [load.tensor_name]
     return [load.tensor, *(load.aliases or ()), *(load.tied_names or ())]
@@ -55,14 +105,27 @@ def model_type_of(load: Any) -> str | None:
     from mergekit.io.tasks import LoaderCache
 
     config = load.model.config(trust_remote_code=LoaderCache().trust_remote_code)
-    kind: str = config.model_type
-    return kind
+    model_type: str = config.model_type
+    return model_type
 
 
 def is_buffer(load: Any) -> bool:
-    """Whether a checkpoint has whole numbers there, which no method of ours merges; reads them."""
-    place = _place(load)
-    return place is not None and not _loader(load).get_tensor(place).is_floating_point()
+    """Whether a checkpoint has whole numbers there, which are copied; reads the tensor."""
+    name = _name_in_checkpoint(load)
+    return name is not None and not _loader(load).get_tensor(name).is_floating_point()
+
+
+def only_tied(merge: Any) -> bool:
+    """Whether every model has this tensor only as another one that it is tied to."""
+    tied = [(load, getattr(load, "tied_names", None) or ()) for _, load in loads_of(merge)]
+    return all(names and _name_in_checkpoint(load) in names for load, names in tied)
+
+
+def _innermost_gather(merge: Any) -> Any:
+    gather = merge.gather_tensors
+    while hasattr(gather, "gather_tensors"):
+        gather = gather.gather_tensors
+    return gather
 
 
 def _is_raw(load: Any) -> bool:
@@ -70,12 +133,10 @@ def _is_raw(load: Any) -> bool:
     return hasattr(load, "tensor_name")
 
 
-def _place(load: Any) -> str | None:
-    """The name under which a checkpoint has a tensor."""
+def _name_in_checkpoint(load: Any) -> str | None:
     if _is_raw(load):
         return str(load.tensor_name)
-    name: str | None = load._resolve_name(_loader(load))
-    return name
+    return compat.resolved_name(load, _loader(load))
 
 
 def _loader(load: Any) -> Any:
@@ -84,9 +145,3 @@ def _loader(load: Any) -> Any:
     else:
         from mergekit.io.tasks import LoaderCache as Cache
     return Cache().get(load.model)
-
-
-def only_tied(task: Any) -> bool:
-    """Whether every model has this tensor only as another one that it is tied to."""
-    tied = [(load, getattr(load, "tied_names", None) or ()) for _, load in loads_of(task)]
-    return all(names and _place(load) in names for load, names in tied)

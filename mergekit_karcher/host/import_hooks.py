@@ -1,4 +1,4 @@
-"""Puts our merge method into mergekit the moment mergekit is imported.
+"""Runs a function of ours the moment a module of mergekit is complete.
 
 `import torch` calls `install` through the entry point group `torch.backends`, in every program that
 imports torch: so it is quick, never raises, and imports nothing but the standard library.
@@ -18,19 +18,19 @@ LOG = logging.getLogger(__name__)
 
 # What to call in mergekit_karcher.host.install once a module's own code has run.
 HOOKS = {
-    "mergekit.merge_methods.karcher": "take_over_karcher",
+    "mergekit.merge_methods.karcher": "replace_builtin",
     "mergekit.merge_methods.registry": "register_methods",
-    "mergekit.plan": "look_at_plans",
-    "mergekit.scripts.merge_raw_pytorch": "look_at_flat_plans",
+    "mergekit.plan": "patch_planner",
+    "mergekit.scripts.merge_raw_pytorch": "patch_flat_planner",
     # A module of the two above may be what imports torch, and so us: its loader is chosen already,
     # and its hook has to wait until it is complete. These come later.
-    "mergekit.options": "look_again_at_commands",
-    "mergekit.merge": "look_again",
+    "mergekit.options": "patch_options",
+    "mergekit.merge": "watch_again",
 }
 
 
-# The modules whose hook has been called, by name.
-_hooked: dict[str, types.ModuleType] = {}
+# The modules whose hook has been called.
+_hooked: typing.List[types.ModuleType] = []
 
 
 def install() -> None:
@@ -48,24 +48,31 @@ def watch() -> None:
     """Run the hooks of the modules that are there already, and of the others when they come."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    for name in HOOKS:
-        module = sys.modules.get(name)
-        if module is None or module is _hooked.get(name):
+    # `python -m` runs a module a second time, under the name __main__.
+    for module in [*(sys.modules.get(name) for name in HOOKS), sys.modules.get("__main__")]:
+        if module is None or _name(module) not in HOOKS:
+            continue
+        if any(module is hooked for hooked in _hooked):
             continue
         if not getattr(module.__spec__, "_initializing", False):
             _run_hook(module)
 
 
+def _name(module: types.ModuleType) -> typing.Optional[str]:
+    return getattr(module.__spec__, "name", None) if hasattr(module, "__spec__") else None
+
+
 def _run_hook(module: types.ModuleType) -> None:
-    _hooked[module.__name__] = module
+    _hooked.append(module)
+    name = _name(module) or ""
     try:
-        plugin = importlib.import_module("mergekit_karcher.host.install")
-        getattr(plugin, HOOKS[module.__name__])(module)
+        hooks = importlib.import_module("mergekit_karcher.host.install")
+        getattr(hooks, HOOKS[name])(module)
     except Exception as error:
         LOG.warning(
             "mergekit-karcher could not take its place in %s: %r; what that module does for it is "
             "missing, such as the check of parameter names.",
-            module.__name__,
+            name,
             error,
         )
 
@@ -79,9 +86,9 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self,
         fullname: str,
-        path: typing.Sequence[str] | None = None,
-        target: types.ModuleType | None = None,
-    ) -> importlib.machinery.ModuleSpec | None:
+        path: typing.Optional[typing.Sequence[str]] = None,
+        target: typing.Optional[types.ModuleType] = None,
+    ) -> typing.Optional[importlib.machinery.ModuleSpec]:
         if fullname not in HOOKS or getattr(self._asking, "now", False):
             return None
         # Another post-import hook may ask all finders too, us among them.
@@ -100,12 +107,20 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Runs the module's own loader, puts it back, then runs the hook."""
+    """Runs the module's own loader, puts it back, then runs the hook.
+
+    Whatever else a loader is asked for (source, code, resources) the module's own one answers.
+    """
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+    def __getattr__(self, name: str) -> typing.Any:
+        return getattr(self._loader, name)
+
+    def create_module(
+        self, spec: importlib.machinery.ModuleSpec
+    ) -> typing.Optional[types.ModuleType]:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: types.ModuleType) -> None:

@@ -1,40 +1,38 @@
-"""Our method in the place of mergekit's: the only module that touches mergekit's registry.
+"""Our methods in the place of mergekit's, and the refusal where they do not fit.
 
-No module of ours imports mergekit when it is itself imported: a program that imports ours first
-would meet mergekit half-imported.
+Nothing here imports mergekit when it is itself imported: a program that imports us first would meet
+mergekit half-imported. The hooks below run when a module of mergekit is complete.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import logging
-import re
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.host import import_hooks
+from mergekit_karcher.host import compat, import_hooks
 
-LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
-OLDEST_MERGEKIT = (0, 1, 5)
-FIRST_UNTESTED_MERGEKIT = (0, 2)
-
-# Beside karcher, unless mergekit has a method of that name.
-_FURTHER = ("karcher_mean", "fisher")
+# Every name that is ours, unless mergekit has a method of one of the last two.
+_NAMES = ("karcher", "karcher_mean", "fisher")
 
 _methods: dict[str, Any] = {}
 
 
 def register() -> None:
-    """Put our method in place, whether mergekit was imported before or will be later.
+    """Put our methods in place, whether mergekit was imported before or will be later.
 
     For programs that switch torch's autoload off, or that set MERGEKIT_KARCHER=0 and think better
-    of it. Idempotent. Raises `KarcherError` if the installed mergekit does not fit.
+    of it. Idempotent.
+
+    Raises:
+        KarcherError: If the installed mergekit does not fit.
     """
     import_hooks.watch()
     registry = importlib.import_module("mergekit.merge_methods.registry")
@@ -48,95 +46,112 @@ def register() -> None:
         )
 
 
-def take_over_karcher(module: Any) -> None:
+def replace_builtin(module: Any) -> None:
     """Hand mergekit's registry, which imports this module next, our method as the built-in."""
     module.karcher_merge_method = _method("karcher")
 
 
 def register_methods(registry: Any) -> None:
-    """Make sure that `karcher` is ours in a registry that has run, and add our further methods."""
-    table = getattr(registry, "_METHODS", None) or getattr(registry, "REGISTERED_MERGE_METHODS", {})
-    table["karcher"] = _method("karcher")
-    add = getattr(registry, "register", None)
-    for name in _FURTHER:
-        if table.get(name) is None:
-            if add is not None and not isinstance(_method(name), _Refusal):
-                add(_method(name))
-            else:
-                table[name] = _method(name)
+    """Make sure that `karcher` is ours in a registry that has run, and add our other methods."""
+    try:
+        table = compat.table_of(registry)
+    except KarcherError as error:
+        _refuse_all(str(error))
+        _refuse_by_name(registry)
+        return
+    for name in _NAMES:
+        if name == "karcher" or table.get(name) is None or table.get(name) is _methods.get(name):
+            table[name] = _method(name)
     if hasattr(registry, "karcher_merge_method"):
         registry.karcher_merge_method = _method("karcher")
     builtin = sys.modules.get("mergekit.merge_methods.karcher")
     if builtin is not None:
-        take_over_karcher(builtin)
+        replace_builtin(builtin)
 
 
-def look_at_plans(module: ModuleType) -> None:
-    """Have the plans of `mergekit-yaml` and `mergekit-multi` looked at before they run."""
-    if not isinstance(_method("karcher"), _Refusal):
-        from mergekit_karcher.host.checks import watch_planner
-
-        watch_planner(module.MergePlanner)
+def patch_planner(module: ModuleType) -> None:
+    """Have the plans of `mergekit-yaml` and `mergekit-multi` rewritten."""
+    _patch(module, lambda plan: plan.patch_planner(module.MergePlanner))
 
 
-def look_at_flat_plans(module: ModuleType) -> None:
-    """Have the plans of `mergekit-pytorch` looked at before they run."""
-    if not isinstance(_method("karcher"), _Refusal):
-        from mergekit_karcher.host.checks import watch_flat_planner
-
-        watch_flat_planner(module)
+def patch_flat_planner(module: ModuleType) -> None:
+    """Have the plans of `mergekit-pytorch` rewritten."""
+    _patch(module, lambda plan: plan.patch_flat_planner(module))
 
 
-def look_again_at_commands(module: Any) -> None:
+def patch_options(module: Any) -> None:
     """Have each of mergekit's commands look again once its options are read."""
-    apply = module.MergeOptions.apply_global_options
-    if hasattr(apply, "__wrapped__"):
-        return
 
-    @functools.wraps(apply)
-    def apply_global_options(self: Any) -> Any:
-        import_hooks.watch()
-        return apply(self)
+    def watching(apply: Any) -> Any:
+        def apply_global_options(self: Any) -> Any:
+            import_hooks.watch()
+            return apply(self)
 
-    module.MergeOptions.apply_global_options = apply_global_options
+        return apply_global_options
+
+    compat.put_in_place_of(module.MergeOptions, "apply_global_options", watching)
 
 
-def look_again(_module: ModuleType) -> None:
+def watch_again(_module: ModuleType) -> None:
     """Run the hooks of modules that were incomplete before."""
     import_hooks.watch()
 
 
+def _patch(module: ModuleType, patch: Any) -> None:
+    """Patch a planner, or refuse all merges of ours if it is not the one that we know."""
+    if isinstance(_method("karcher"), _Refusal):
+        return
+    name = module.__spec__.name if module.__spec__ is not None else module.__name__
+    try:
+        compat.check(name, "mergekit.io.tasks", "mergekit.merge_methods.task_adapter")
+        patch(importlib.import_module("mergekit_karcher.host.plan"))
+    except Exception as error:
+        _LOG.debug("mergekit-karcher could not patch %s", name, exc_info=True)
+        _refuse_all(str(error) if isinstance(error, KarcherError) else repr(error))
+        registry = importlib.import_module("mergekit.merge_methods.registry")
+        register_methods(registry)
+
+
 def _method(name: str) -> Any:
+    """Our method of that name, or the refusal that stands for it."""
     if name not in _methods:
         _methods[name] = _build(name)
     return _methods[name]
 
 
 def _build(name: str) -> Any:
+    version = compat.installed_version()
+    if version is None or version not in compat.SUPPORTED:
+        return _Refusal(name, f"it was written for mergekit {_supported()}")
     try:
-        version = importlib.metadata.version("mergekit")
-    except importlib.metadata.PackageNotFoundError:
-        version = "of unknown version"
-    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
-    reason = "it was written for mergekit >= 0.1.5, < 0.2"
-    if OLDEST_MERGEKIT <= numbers < FIRST_UNTESTED_MERGEKIT:
-        try:
-            if name == "fisher":
-                from mergekit_karcher.host.fisher_method import build_fisher
+        return importlib.import_module("mergekit_karcher.host.methods").make_method(name)
+    except Exception as error:
+        _LOG.debug("mergekit-karcher could not build its method", exc_info=True)
+        return _Refusal(name, f"{type(error).__name__}: {error}")
 
-                return build_fisher()
-            from mergekit_karcher.host.methods import build_method
 
-            return build_method(name)
-        except Exception as error:
-            LOG.debug("mergekit-karcher could not build its method", exc_info=True)
-            reason = f"{type(error).__name__}: {error}"
-    return _Refusal(
-        name,
-        f"merge_method: {name} cannot run: mergekit-karcher {__version__} does not fit mergekit "
-        f"{version} ({reason}); install a mergekit that fits, or set MERGEKIT_KARCHER=0 for "
-        "mergekit's own karcher.",
-    )
+def _supported() -> str:
+    """The range of versions as people write it, the lower end first."""
+    return ", ".join(sorted((str(part) for part in compat.SUPPORTED), key=lambda p: p[0] == "<"))
+
+
+def _refuse_all(reason: str) -> None:
+    """From here on every merge of ours is refused."""
+    _methods.update({name: _Refusal(name, reason) for name in _NAMES})
+
+
+def _refuse_by_name(registry: Any) -> None:
+    """Have a registry whose table we do not know refuse our names when it is asked for them."""
+    get = registry.get
+
+    @functools.wraps(get)
+    def refusing(name: str) -> Any:
+        return _methods[name] if name in _methods else get(name)
+
+    registry.get = refusing
+    package = sys.modules.get("mergekit.merge_methods")
+    if package is not None and hasattr(package, "get"):
+        package.get = refusing  # type: ignore[attr-defined]
 
 
 class _Refusal:
@@ -145,9 +160,14 @@ class _Refusal:
     Silence would hand the user the built-in under our name.
     """
 
-    def __init__(self, name: str, sentence: str) -> None:
+    def __init__(self, name: str, reason: str) -> None:
         self.spec = SimpleNamespace(name=name, pretty_name=name, reference_url=None)
-        self._sentence = sentence
+        version = compat.installed_version() or "of unknown version"
+        self._sentence = (
+            f"merge_method: {name} cannot run: mergekit-karcher {__version__} does not fit "
+            f"mergekit {version} ({reason}); install a mergekit that fits, or set "
+            "MERGEKIT_KARCHER=0 for mergekit's own karcher."
+        )
 
     def refuse(self, *_args: object, **_kwargs: object) -> NoReturn:
         raise KarcherError(self._sentence)

@@ -12,20 +12,19 @@ from typing import Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from mergekit_karcher.cli.config import named_in, read_config
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.host.checks import check_parameter_names, looked_at
+from mergekit_karcher.host import compat
+from mergekit_karcher.host.checkpoints import restricted_unpickling
+from mergekit_karcher.host.checks import NAMES, check_parameter_names
+from mergekit_karcher.host.documents import named_in, read_config
+from mergekit_karcher.host.graph import merge_tasks
 from mergekit_karcher.host.install import register
-from mergekit_karcher.host.methods import NAMES
-from mergekit_karcher.host.planned import planned_of
-from mergekit_karcher.host.run import FISHER
-from mergekit_karcher.host.whole_model import means_only
+from mergekit_karcher.host.run import FISHER, KARCHER
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.report.build import build
 from mergekit_karcher.report.names import RAW_SUFFIXES, is_local
 from mergekit_karcher.report.schema import Report
 
-_OURS = "karcher"
 # What karcher reads of the config of another method; fisher's has metrics as well.
 _SHARED_WITH_OTHERS = ("weight",)
 _SHARED_WITH_FISHER = ("weight", "metric", "floor")
@@ -34,41 +33,41 @@ _SHARED_WITH_FISHER = ("weight", "metric", "floor")
 def report_on(path: Path, options: Any) -> Report:
     """Read a config and all its weights once, and report.
 
-    path: a config of mergekit-yaml or mergekit-pytorch, of any merge method: of another one the
-    models are taken, their weights without sign, and the base, as origin of the tensors that two
-    more models share with it; of fisher the metrics, too.
-    options: mergekit's MergeOptions. Holds one tensor of each model at a time.
-    Raises `KarcherError` for what a merge with our method would refuse.
+    Arguments:
+        path: A config of mergekit-yaml or mergekit-pytorch, of any merge method: of another one the
+            models are taken, their weights without sign, and the base, as origin of the tensors
+            that two more models share with it; of fisher the metrics, too.
+        options: mergekit's `MergeOptions`.
+
+    Returns:
+        The report. One tensor of each model is held at a time.
+
+    Raises:
+        KarcherError: For what a merge with our method would refuse.
     """
     register()
+    # These need mergekit's own classes, which are there now.
+    from mergekit_karcher.host.plan import checked_run, means_only
+    from mergekit_karcher.host.report_context import planned_of
+
     document = read_config(path)
     _check_devices(options)
     asked_for = str(document.get("merge_method"))
-    if asked_for not in NAMES:
-        shared = _SHARED_WITH_FISHER if asked_for == FISHER else _SHARED_WITH_OTHERS
-        document = _stripped(document, shared) | {"merge_method": _OURS}
-    paths = list(named_in(document))
-    for model in paths:
-        place = model.split("+")[0].split("@")[0]
-        if is_local(place) and not os.path.exists(place):
-            raise KarcherError(f"There is no model at {place}.")
-    raw = any(model.endswith(RAW_SUFFIXES) for model in paths)
-    config, tasks = (_planned_raw if raw else _planned)(document, options)
-    if asked_for not in NAMES:
-        tasks = [_as_ours(task) for task in tasks]
-    merges, stage = looked_at(tasks, path.name, watched=True)
+    config, tasks = _planned_as_karcher(document, asked_for, options)
+    merges = merge_tasks(tasks, NAMES)
     if not merges:
         raise KarcherError(f"There is nothing to report on in {path}: it merges no tensor.")
+    run = checked_run(merges, path.name, KARCHER, watched=True)
     planned = planned_of(config, merges, asked_for)
-    if all(_inputs(task) < 2 for task in merges):
+    if all(_input_count(merge) < 2 for merge in merges):
         raise KarcherError(
             f"There is nothing to compare in {path}: every tensor comes from one model."
         )
-    found = [*_executed(means_only(merges), options)]
-    means = dict(stage.means)
-    if isinstance(found[0], KarcherMean):
-        means = dict.fromkeys(stage.observations, found[0])
-    return build(planned, stage.observations, means)
+    results = [*_executed(means_only(merges, run, options), options)]
+    means = dict(run.means)
+    if isinstance(results[0], KarcherMean):
+        means = dict.fromkeys(run.observations, results[0])
+    return build(planned, run.observations, means)
 
 
 def _check_devices(options: Any) -> None:
@@ -78,8 +77,26 @@ def _check_devices(options: Any) -> None:
         raise KarcherError("--multi-gpu needs a GPU, and torch sees none.")
 
 
-def _inputs(task: Any) -> int:
-    return len(task.model_order) - int(task.parameters["origin"] == "base")
+def _input_count(merge: Any) -> int:
+    return len(merge.model_order) - int(merge.parameters["origin"] == "base")
+
+
+def _planned_as_karcher(
+    document: dict[str, Any], asked_for: str, options: Any
+) -> tuple[Any, Sequence[Any]]:
+    """The config and its plan, with karcher in the place of another merge method."""
+    if asked_for not in NAMES:
+        shared = _SHARED_WITH_FISHER if asked_for == FISHER else _SHARED_WITH_OTHERS
+        document = _stripped(document, shared) | {"merge_method": KARCHER}
+    models = list(named_in(document))
+    for model in models:
+        place = model.split("+")[0].split("@")[0]
+        if is_local(place) and not os.path.exists(place):
+            raise KarcherError(f"There is no model at {place}.")
+    raw = any(model.endswith(RAW_SUFFIXES) for model in models)
+    with restricted_unpickling():
+        config, tasks = (_planned_raw if raw else _planned)(document, options)
+    return config, tasks if asked_for in NAMES else [_as_ours(task) for task in tasks]
 
 
 def _as_ours(task: Any) -> Any:
@@ -91,7 +108,7 @@ def _as_ours(task: Any) -> Any:
         return task
     around_base = merge.base_model in merge.model_order and len(merge.model_order) > 2
     parameters = {**dict(merge.parameters.items()), "origin": "base" if around_base else "zero"}
-    weights = {m: abs(own["weight"]) for m, own in merge.input_parameters.items()}
+    weights = {m: abs(values["weight"]) for m, values in merge.input_parameters.items()}
     counted = [w for m, w in weights.items() if not (around_base and m == merge.base_model)]
     if not any(counted):
         weights = dict.fromkeys(weights, 1.0)
@@ -139,11 +156,10 @@ def _planned(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]
         options=options,
         out_model_config=models[0].config(trust_remote_code=options.trust_remote_code),
     )
-    check_parameter_names(config, planner._method)
+    check_parameter_names(config, compat.method_of(planner))
     # Without what is added to the plan of a merge. The tasks that would write are not run.
     # (plan_in_memory of mergekit 0.1.5 does not validate its own tasks.)
-    plan = MergePlanner.plan_to_disk.__wrapped__
-    return config, plan(planner, "")
+    return config, compat.original(MergePlanner.plan_to_disk)(planner, "")
 
 
 def _planned_raw(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]]:
@@ -152,7 +168,7 @@ def _planned_raw(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[
 
     config = _validated(merge_raw_pytorch.RawPyTorchMergeConfig, document)
     check_parameter_names(config, merge_methods.get(config.merge_method))
-    plan = merge_raw_pytorch.plan_flat_merge.__wrapped__
+    plan = compat.original(merge_raw_pytorch.plan_flat_merge)
     with contextlib.redirect_stderr(io.StringIO()) if options.quiet else contextlib.nullcontext():
         tasks = plan(config, "", tensor_union=True, tensor_intersection=False, options=options)
     return config, tasks

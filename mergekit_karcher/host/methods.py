@@ -1,295 +1,320 @@
-"""The merge method that mergekit sees: parameters, contract, and what goes into the summary."""
+"""Our merge methods as mergekit sees them: `karcher` and `fisher`.
+
+Imported once mergekit's own classes are there. A planned merge comes in through our tasks, which
+call `merge_tensor` with what the plan knows; mergekit's in-memory API comes in through `__call__`,
+and has neither metrics nor a summary.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BatchOptions,
+    MergeMethod,
+    MergeMethodSpec,
+    TensorEntry,
+    TensorGroup,
+)
+from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.host.parameters import (
-    floor_parameter,
-    metric_parameter,
-    origin_parameter,
-    parameter,
-    weight_parameter,
-)
-from mergekit_karcher.host.run import (
-    is_watched,
-    label,
-    note_zero_metrics,
-    observe,
-    record,
-    warn_of_16_bits,
-)
-from mergekit_karcher.means.karcher import (
-    MAX_ITER,
-    TOL,
-    Group,
-    Products,
-    Settings,
-    Watch,
-    check_stopping,
-    check_weights,
-    chosen_of,
-    combined,
-    in_metric,
-    mean_of_products,
-    measure,
-    merge,
-    needs_exact,
-    positive,
-    products_of,
-    taking,
-    total,
-)
+from mergekit_karcher.host.checks import check_uniform, no_base
+from mergekit_karcher.host.parameters import FISHER_PARAMETERS, KARCHER_PARAMETERS, settings_of
+from mergekit_karcher.host.run import FISHER, MergeRun
+from mergekit_karcher.means.autograd import merge, merge_whole
+from mergekit_karcher.means.finite import check_result
+from mergekit_karcher.means.fisher import precision_weighted
+from mergekit_karcher.means.inputs import Inputs, checked_inputs
+from mergekit_karcher.means.products import Products, needs_exact, products_of
 from mergekit_karcher.means.result import KarcherMean
+from mergekit_karcher.means.solve import combined, solve
 from mergekit_karcher.report.observation import observed
-from mergekit_karcher.sphere.solver import Magnitude, Status
 
-_LOG = logging.getLogger(__name__)
-
-# The second is a name that only we have: a config that uses it never falls back to the built-in.
-NAMES = ("karcher", "karcher_mean")
-
-# The one that mergekit gives for its own.
-REFERENCE_URL = "https://arxiv.org/abs/2603.04972"
+# The metrics that a plan has loaded, by model; a model without one has metric: identity.
+Metrics = Mapping[Any, torch.Tensor]
 
 
-def settings_of(parameters: Mapping[str, Any]) -> Settings:
-    """Those of our shared parameters that say how to merge, as `merge` takes them."""
-    return Settings(
-        parameters["granularity"],
-        Magnitude(parameters["magnitude"]),
-        parameters["max_iter"],
-        parameters["tol"],
-    )
+class _InMemory(MergeMethod):  # type: ignore[misc]
+    """What both methods do with the groups that mergekit hands them without a plan."""
+
+    function: str
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        results = []
+        for group, dtype, values in zip(groups, input_dtypes, parameters, strict=True):
+            self._refuse_metrics(group, values)
+            aligned = align_dtype(group, dtype)
+            run = MergeRun("in memory", self.spec.name)
+            result = self.merge_tensor(aligned, values, run, saved_as=out_dtype)
+            results.append(result if out_dtype is None else result.to(out_dtype))
+        return tuple(results)
+
+    def _refuse_metrics(self, group: TensorGroup, parameters: Mapping[str, Any]) -> None:
+        metrics = parameters["metric"].values_for(group.entries)
+        if any(metrics):
+            raise KarcherError(
+                f"merge_method: {self.spec.name} reads its metrics in mergekit's commands; in "
+                f"Python call mergekit_karcher.{self.function} with tensors and metrics."
+            )
 
 
-def no_base(name: str) -> KarcherError:
-    """What a merge around a base that is not there says."""
-    return KarcherError(
-        f"origin: base needs the base model's {name}, which is not among the inputs: give a "
-        "base_model that has it (under slices, list it among the sources of every slice), or take "
-        "origin: zero."
-    )
+class KarcherMerge(_InMemory):
+    """The exact weighted Karcher mean; see `mergekit_karcher.karcher_mean`.
 
-
-def build_method(name: str) -> Any:
-    """A `KarcherMerge` that mergekit knows by that name.
-
-    mergekit's classes are looked up here, and not at the top of this module, because mergekit may
-    be in the middle of its own import.
+    Arguments:
+        name: What it is called in a config.
     """
-    import torch
-    from mergekit.merge_methods.base import (
-        GroupMergeMethod,
-        MergeMethodSpec,
-        TensorGroup,
-    )
-    from mergekit.merge_methods.dtype import align_dtype
 
-    class KarcherMerge(GroupMergeMethod):  # type: ignore[misc]
-        """The exact weighted Karcher mean; see `mergekit_karcher.karcher_mean`."""
+    function = "karcher_mean"
 
-        spec = MergeMethodSpec(
+    def __init__(self, name: str) -> None:
+        self.spec = MergeMethodSpec(
             name=name,
             pretty_name=f"Karcher Mean (mergekit-karcher {__version__})",
-            reference_url=REFERENCE_URL,
-            parameters=(
-                weight_parameter(),
-                metric_parameter(),
-                parameter(
-                    "granularity",
-                    Literal["tensor", "row", "model"],
-                    "tensor, row or model",
-                    "tensor",
-                ),
-                origin_parameter(),
-                parameter(
-                    "magnitude",
-                    Literal["arithmetic", "linear", "geometric"],
-                    "arithmetic, linear or geometric",
-                    "arithmetic",
-                ),
-                floor_parameter(),
-                parameter(
-                    "max_iter",
-                    int,
-                    "a whole number of 1 or more",
-                    MAX_ITER,
-                    check=lambda value: check_stopping(value, TOL),
-                ),
-                parameter(
-                    "tol",
-                    float,
-                    "a positive number of radians",
-                    TOL,
-                    check=lambda value: check_stopping(MAX_ITER, value),
-                ),
-            ),
+            # The one that mergekit gives for its own.
+            reference_url="https://arxiv.org/abs/2603.04972",
+            parameters=KARCHER_PARAMETERS,
         )
 
-        def merge_group(
-            self,
-            group: TensorGroup,
-            /,
-            *,
-            mean: KarcherMean | None = None,
-            **parameters: Any,
-        ) -> torch.Tensor:
-            """One output tensor, with the mean that the whole model has if there is one.
+    def __call__(
+        self,
+        groups: Sequence[TensorGroup],
+        /,
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        out_dtype: torch.dtype | None = None,
+        batch_options: BatchOptions | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Merge tensors in memory; with granularity model the groups are the whole model."""
+        groups = tuple(groups)
+        bound = self._bind_parameters(groups, parameters or {})
+        if any(values["granularity"] == "model" for values in bound):
+            return self._merge_whole(groups, bound, dtype, out_dtype)
+        merged: tuple[torch.Tensor, ...] = super().__call__(
+            groups,
+            parameters=parameters,
+            dtype=dtype,
+            out_dtype=out_dtype,
+            batch_options=batch_options,
+        )
+        return merged
 
-            metrics: those of the inputs that the plan had loaded, by model.
-            """
-            own, weights = self._inputs(group, parameters)
-            if mean is None:
-                own = self._in_metric(group, own, parameters)
-                watch = self._watch(group, own, weights)
-                (merged,), mean = merge([own], weights, settings_of(parameters), watch)
-                record(own, chosen_of(mean, positive(weights)))
-            else:
-                merged = combined(taking(own, positive(weights)), mean.coefficients)
-                record(own, mean)
-            return merged
+    def merge_tensor(
+        self,
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+        run: MergeRun,
+        *,
+        metrics: Metrics | None = None,
+        mean: KarcherMean | None = None,
+        saved_as: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """One output tensor.
 
-        def measure(self, group: TensorGroup, /, **parameters: Any) -> None:
-            """The mean of one tensor, recorded like that of a merge, without an output."""
-            own, weights = self._inputs(group, parameters)
-            own = self._in_metric(group, own, parameters)
-            watch = self._watch(group, own, weights)
-            mean = measure(own, weights, settings_of(parameters), watch)
-            record(own, chosen_of(mean, positive(weights)))
+        Arguments:
+            group: The inputs, of one dtype.
+            parameters: Those of the method, by name.
+            run: The merge that it is part of, which is told of it.
+            metrics: Those of the inputs, if any is to have one.
+            mean: That of the whole model, with granularity model.
+            saved_as: The dtype that the result is cast to in the end.
 
-        def products(self, group: TensorGroup, /, **parameters: Any) -> Products:
-            """One tensor's part of the whole model's Gram matrix, of inputs that have a weight."""
-            own, weights = self._inputs(group, parameters)
-            own = self._in_metric(group, own, parameters)
-            watch = self._watch(group, own, weights)
-            own = taking(own, positive(weights))
-            exact = needs_exact(own.tensors)
-            products = products_of(own, with_base=watch is not None, exact=exact)
-            if watch is not None:
-                watch(own, products)
-            return products.first(len(own.tensors))
+        Returns:
+            A new tensor.
 
-        def mean(
-            self, parts: Sequence[Products], weights: Sequence[float], **parameters: Any
-        ) -> KarcherMean:
-            """The whole model's mean, from its parts; weights are those that are not zero."""
-            mean = mean_of_products(total(parts), weights, settings_of(parameters))
-            if mean.status is Status.ZERO:
-                _LOG.warning("The whole model: %s.", mean.status.value)
-            return mean
-
-        def _inputs(
-            self, group: TensorGroup, parameters: Mapping[str, Any]
-        ) -> tuple[Group, list[float]]:
-            tensor_name = group.metadata.name or "the tensor"
-            around_base = parameters["origin"] == "base"
-            if around_base and group.base is None:
-                raise no_base(tensor_name)
-            entries = self._entries(group, around_base)
-            tensors = [entry.tensor for entry in entries]
-            labels = [label(tensor_name, str(entry.id)) for entry in entries]
-            weights = parameters["weight"].values_for(entries)
-            check_weights(weights, labels, tensor_name)
-            base = group.base.tensor if around_base else None
-            if base is not None:
-                warn_of_16_bits(tensor_name, {str(t.dtype) for t in (*tensors, base)})
-            return Group(tensor_name, tensors, labels, base), weights
-
-        def _in_metric(
-            self, group: TensorGroup, own: Group, parameters: Mapping[str, Any]
-        ) -> Group:
-            entries = self._entries(group, own.base is not None)
-            if not any(parameters["metric"].values_for(entries)):
-                return own
-            metrics = parameters.get("metrics")
-            if metrics is None:
+        Raises:
+            KarcherError: If the inputs cannot be merged.
+        """
+        inputs = self._inputs(group, parameters, run, metrics)
+        if mean is None:
+            if parameters["granularity"] == "model":
                 raise KarcherError(
-                    f"merge_method: {name} reads its metrics in mergekit's commands; in Python "
-                    "call mergekit_karcher.karcher_mean with tensors and metrics."
+                    "granularity: model needs the whole plan of a merge, but this mergekit plans "
+                    "merges in a way that mergekit-karcher does not know: upgrade "
+                    "mergekit-karcher, or take granularity: tensor."
                 )
-            found = [metrics.get(entry.id) for entry in entries]
-            device = own.tensors[0].device
-            whole = parameters["granularity"] == "model"
-            own, seen = in_metric(
-                own,
-                [None if metric is None else metric.to(device) for metric in found],
-                parameters["weight"].values_for(entries),
-                parameters["floor"],
-                whole=whole,
+            result, solution = merge(
+                inputs, settings_of(parameters), keep_products=run.watched, saved_as=saved_as
             )
-            if not seen and not whole:
-                note_zero_metrics(own.name)
-            return own
+            mean = solution.mean
+            self._observe(group, inputs, solution.products, run)
+        else:
+            result = combined(inputs, mean, saved_as)
+        run.record(inputs.name, mean, len(group.entries))
+        return result
 
-        def _entries(self, group: TensorGroup, around_base: bool) -> Any:
-            return group.non_base if around_base else group.entries
+    def measure(
+        self,
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+        run: MergeRun,
+        metrics: Metrics | None,
+    ) -> None:
+        """The mean of one tensor, told to the run like that of a merge, without an output."""
+        inputs = self._inputs(group, parameters, run, metrics)
+        solution = solve(inputs, settings_of(parameters), keep_products=run.watched)
+        self._observe(group, inputs, solution.products, run)
+        run.record(inputs.name, solution.mean, len(group.entries))
 
-        def _watch(self, group: TensorGroup, own: Group, weights: Sequence[float]) -> Watch | None:
-            """What tells the report on the merge under way, if there is to be one."""
-            if not is_watched(own.name):
-                return None
-            entries = self._entries(group, own.base is not None)
-            chosen = positive(weights)
-            names = [str(entries[index].id) for index in chosen]
-            base = str(group.base.id) if group.base is not None else None
+    def products(
+        self,
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+        run: MergeRun,
+        metrics: Metrics | None,
+    ) -> Products:
+        """One tensor's part of the inner products of whole models that have a weight."""
+        inputs = self._inputs(group, parameters, run, metrics)
+        exact = needs_exact(inputs.tensors)
+        products = products_of(inputs, with_base=run.watched, exact=exact)
+        self._observe(group, inputs, (products,) if run.watched else (), run)
+        return products.of(slice(len(inputs.tensors)))
 
-            def watch(taking_part: Group, products: Products) -> None:
-                own_weights = [weights[index] for index in chosen]
-                observe(observed(taking_part, products, names, own_weights, base))
+    def _inputs(
+        self,
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+        run: MergeRun,
+        metrics: Metrics | None,
+    ) -> Inputs:
+        name = group.metadata.name or "the tensor"
+        around_base = parameters["origin"] == "base"
+        if around_base and group.base is None:
+            raise no_base(name)
+        base = group.base.tensor if around_base else None
+        inputs = _checked(group, parameters, run, metrics, around_base, base)
+        if base is not None:
+            run.warn_of_16_bits(name, {str(tensor.dtype) for tensor in (*inputs.tensors, base)})
+        whole = parameters["granularity"] == "model"
+        if inputs.metrics_are_zero and not whole:
+            run.note_zero_metrics(name)
+        return inputs.sharing_a_metric(parameters["floor"], always=whole)
 
-            return watch
+    def _observe(
+        self, group: TensorGroup, inputs: Inputs, products: Sequence[Products], run: MergeRun
+    ) -> None:
+        """Tell a run that is to be reported on what the inputs look like to each other."""
+        entries = group.entries if inputs.base is None else group.non_base
+        models = [str(entries[place].id) for place in inputs.places]
+        base = None if group.base is None else str(group.base.id)
+        for of_tensor in products:
+            run.observe(observed(inputs, of_tensor, models, base))
 
-        def _execute(
-            self,
-            groups: Sequence[TensorGroup],
-            parameters: list[dict[str, Any]],
-            options: Any,
-            *,
-            input_dtypes: Sequence[torch.dtype | None],
-            out_dtype: torch.dtype | None = None,
-        ) -> tuple[torch.Tensor, ...]:
-            """As always; but without a mean from a plan, the groups here are the whole model."""
-            settings = [own["granularity"] for own in parameters]
-            if "model" not in settings or "mean" in parameters[0]:
-                results: tuple[torch.Tensor, ...] = super()._execute(
-                    groups, parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype
-                )
-                return results
-            check_uniform(parameters)
-            owns = [
-                self._inputs(align_dtype(group, dtype), own)
-                for group, dtype, own in zip(groups, input_dtypes, parameters, strict=True)
-            ]
-            weights = owns[0][1]
-            for group, (own, _), given in zip(groups, owns, parameters, strict=True):
-                self._in_metric(group, own, given)  # refuses
-            merged, mean = merge([own for own, _ in owns], weights, settings_of(parameters[0]))
-            for own, _ in owns:
-                record(own, mean)
-            return tuple(merged if out_dtype is None else [t.to(dtype=out_dtype) for t in merged])
-
-    return KarcherMerge()
+    def _merge_whole(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: Sequence[Mapping[str, Any]],
+        dtype: torch.dtype | None,
+        out_dtype: torch.dtype | None,
+    ) -> tuple[torch.Tensor, ...]:
+        check_uniform(parameters)
+        run = MergeRun("in memory", self.spec.name)
+        parts = []
+        for group, values in zip(groups, parameters, strict=True):
+            self._refuse_metrics(group, values)
+            aligned = align_dtype(group, dtype or promoted_dtype(group))
+            parts.append(self._inputs(aligned, values, run, None))
+        counted = _counted_once(groups, parts)
+        merged, _ = merge_whole(parts, settings_of(parameters[0]), counted)
+        if out_dtype is None:
+            return tuple(merged)
+        for tensor, inputs in zip(merged, parts, strict=True):
+            check_result(tensor, inputs, out_dtype)
+        return tuple(tensor.to(out_dtype) for tensor in merged)
 
 
-def check_uniform(parameters: Sequence[Mapping[str, Any]]) -> None:
-    """Raise unless all tensors of a merge of granularity model have the same parameters.
+class FisherMerge(_InMemory):
+    """The precision-weighted mean; see `mergekit_karcher.fisher_mean`.
 
-    parameters: for each tensor, those of the method; `weight` is a mapping from inputs to numbers.
+    The mean of the differences from a base, added to the base, is the mean of the others: so with
+    origin: base the base takes no part. In memory, without metrics, all elements count alike.
     """
-    for name in parameters[0]:
-        values = [dict(v) if isinstance(v := own[name], Mapping) else v for own in parameters]
-        other = next((value for value in values if value != values[0]), None)
-        if other is not None:
-            if isinstance(other, dict):
-                shown = "different weights of a model, or different models, for different tensors"
-            else:
-                shown = f"both {name}: {values[0]} and {name}: {other}"
-            raise KarcherError(
-                f"granularity: model takes the whole model as one vector, but there are {shown}: "
-                f"give one {name} for the whole merge, or take granularity: tensor."
-            )
+
+    function = "fisher_mean"
+
+    def __init__(self) -> None:
+        self.spec = MergeMethodSpec(
+            name=FISHER,
+            pretty_name=f"Fisher-weighted mean (mergekit-karcher {__version__})",
+            reference_url="https://arxiv.org/abs/2111.09832",
+            parameters=FISHER_PARAMETERS,
+        )
+
+    def merge_tensor(
+        self,
+        group: TensorGroup,
+        parameters: Mapping[str, Any],
+        run: MergeRun,
+        *,
+        metrics: Metrics | None = None,
+        saved_as: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """One output tensor; arguments, result and errors are those of `KarcherMerge`."""
+        inputs = _checked(group, parameters, run, metrics, parameters["origin"] == "base", None)
+        if inputs.metrics_are_zero:
+            run.note_zero_metrics(inputs.name)
+        result = precision_weighted(inputs, parameters["floor"], saved_as)
+        run.record(inputs.name, None, len(group.entries))
+        return result
+
+
+def make_method(name: str) -> Any:
+    """The merge method of that name, one of `NAMES` or `FISHER`."""
+    return FisherMerge() if name == FISHER else KarcherMerge(name)
+
+
+def _checked(
+    group: TensorGroup,
+    parameters: Mapping[str, Any],
+    run: MergeRun,
+    metrics: Metrics | None,
+    without_base: bool,
+    base: torch.Tensor | None,
+) -> Inputs:
+    name = group.metadata.name or "the tensor"
+    entries: Sequence[TensorEntry] = group.non_base if without_base else group.entries
+    on_device = None
+    if metrics is not None:
+        on_device = [
+            None if entry.id not in metrics else metrics[entry.id].to(entry.tensor.device)
+            for entry in entries
+        ]
+    return checked_inputs(
+        name,
+        [entry.tensor for entry in entries],
+        [run.label(name, str(entry.id)) for entry in entries],
+        parameters["weight"].values_for(entries),
+        base=base,
+        metrics=on_device,
+    )
+
+
+def _counted_once(groups: Sequence[TensorGroup], parts: Sequence[Inputs]) -> list[bool]:
+    """Whether each part counts: of tied weights, one memory in every input, the first does.
+
+    Arguments:
+        groups: As they were handed in: a cast would give tied tensors a memory of their own.
+        parts: The inputs of each.
+    """
+    seen = set()
+    counted = []
+    for group, part in zip(groups, parts, strict=True):
+        entries = group.entries if part.base is None else group.non_base
+        tensors = [entries[place].tensor for place in part.places]
+        memory = tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors)
+        counted.append(memory not in seen or tensors[0].numel() == 0)
+        seen.add(memory)
+    return counted

@@ -1,31 +1,33 @@
-"""Parameters of merge methods, as mergekit reads them, with our words for a wrong value."""
+"""The parameters of our merge methods: what each accepts, and our words for a wrong value.
+
+Imported once mergekit's own classes are there.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
+
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+from pydantic import ValidationError, WrapValidator
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.means.metric import FLOOR, check_floor
+from mergekit_karcher.means.solve import MAX_ITER, TOL, Settings, check_stopping
+from mergekit_karcher.sphere.solver import Magnitude
 
 
-def parameter(
+def _parameter(
     name: str,
     kind: Any,
     words: str,
     default: Any,
     *,
-    of_a_model: bool = False,
+    scope: ParameterScope = ParameterScope.SHARED,
     check: Callable[[Any], None] | None = None,
-) -> Any:
-    """A `ParameterSpec` of mergekit, of the whole merge unless it is of a model.
-
-    kind: its type. words: what to give instead of a value that is not of it. check: raises for
-    values that are.
-    """
-    from mergekit.merge_methods.base import ParameterScope, ParameterSpec
-    from pydantic import ValidationError, WrapValidator
+) -> ParameterSpec:
+    """A parameter; words: what to give instead of a value that is not of that kind."""
 
     def validate(value: Any, parse: Any) -> Any:
         try:
@@ -39,26 +41,55 @@ def parameter(
             check(result)
         return result
 
-    scope = ParameterScope.INPUT if of_a_model else ParameterScope.SHARED
     return ParameterSpec(name, Annotated[kind, WrapValidator(validate)], scope, default)
 
 
-def weight_parameter() -> Any:
-    """How much a model counts."""
-    return parameter("weight", float, "a number of 0 or more", 1.0, of_a_model=True)
+# Of a model: how much it counts, and where its metric is; empty for none.
+_WEIGHT = _parameter("weight", float, "a number of 0 or more", 1.0, scope=ParameterScope.INPUT)
+_METRIC = _parameter(
+    "metric", str, "a folder, a file, a Hub id, or identity", "", scope=ParameterScope.INPUT
+)
+_ORIGIN = _parameter("origin", Literal["zero", "base"], "zero or base", "zero")
+_FLOOR = _parameter(
+    "floor", float, "a fraction of 0 or more, such as 1e-6", FLOOR, check=check_floor
+)
+
+FISHER_PARAMETERS = (_WEIGHT, _METRIC, _ORIGIN, _FLOOR)
+
+KARCHER_PARAMETERS = (
+    _WEIGHT,
+    _METRIC,
+    _parameter("granularity", Literal["tensor", "row", "model"], "tensor, row or model", "tensor"),
+    _ORIGIN,
+    _parameter(
+        "magnitude",
+        Literal["arithmetic", "linear", "geometric"],
+        "arithmetic, linear or geometric",
+        "arithmetic",
+    ),
+    _FLOOR,
+    _parameter(
+        "max_iter",
+        int,
+        "a whole number of 1 or more",
+        MAX_ITER,
+        check=lambda value: check_stopping(value, TOL),
+    ),
+    _parameter(
+        "tol",
+        float,
+        "a positive number of radians",
+        TOL,
+        check=lambda value: check_stopping(MAX_ITER, value),
+    ),
+)
 
 
-def metric_parameter() -> Any:
-    """Where a model's metric is; empty for none."""
-    return parameter("metric", str, "a folder, a file, a Hub id, or identity", "", of_a_model=True)
-
-
-def origin_parameter() -> Any:
-    """What the models are seen from."""
-    return parameter("origin", Literal["zero", "base"], "zero or base", "zero")
-
-
-def floor_parameter() -> Any:
-    """What is added to each metric, as a fraction of its mean."""
-    words = "a fraction of 0 or more, such as 1e-6"
-    return parameter("floor", float, words, FLOOR, check=check_floor)
+def settings_of(parameters: Mapping[str, Any]) -> Settings:
+    """Those of karcher's shared parameters that say how to take a mean."""
+    return Settings(
+        parameters["granularity"],
+        Magnitude(parameters["magnitude"]),
+        parameters["max_iter"],
+        parameters["tol"],
+    )

@@ -1,17 +1,16 @@
-"""What a merge met, told in a few lines when the command ends."""
+"""The state of one merge: what it has merged and met so far, and the lines that sum it up."""
 
 from __future__ import annotations
 
 import logging
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import click
 import numpy as np
 
-from mergekit_karcher.means.karcher import Group
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.report.observation import Observation
 from mergekit_karcher.sphere.solver import Status
@@ -24,20 +23,34 @@ _NAMES_SHOWN = 5
 KARCHER, FISHER = "karcher", "fisher"
 
 
-class Stage:
-    """The tensors that one planned merge has produced so far; safe to record from any thread.
+class MergeRun:
+    """One merge: made when it is planned, carried by its tasks, safe to use from any thread.
 
-    watched: whether to keep what a report needs, observations and means (over the inputs that have
-    a weight), by output tensor. method: the name of the merge method.
+    Equal only to itself, so that the tasks that carry it are told apart by the merge they are of.
+
+    Arguments:
+        title: What the merge is called in its summary.
+        method: `KARCHER` or `FISHER`.
+        watched: Whether to keep what a report needs.
+        names: For each output tensor that is to be merged, what each model that takes part calls
+            it, by model.
+
+    observations, means: What a report needs, by output tensor; means are over the inputs that have
+    a weight.
     """
 
-    def __init__(self, title: str, watched: bool, method: str) -> None:
-        self.title, self.method = title, method
-        self.watched = watched
+    def __init__(
+        self,
+        title: str,
+        method: str = KARCHER,
+        *,
+        watched: bool = False,
+        names: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        self.title, self.method, self.watched = title, method, watched
         self.observations: dict[str, Observation] = {}
         self.means: dict[str, KarcherMean] = {}
-        # For each output tensor still to come, the models that take part, and what they call it.
-        self.inputs: dict[str, dict[str, str]] = {}
+        self._names = names or {}
         self._lock = threading.Lock()
         self._merged = 0
         self._largest_angle = 0.0
@@ -48,30 +61,29 @@ class Stage:
         }
         self._incomplete: list[str] = []
         self._zero_metrics: list[str] = []
+        self._warned_of_16_bits = False
+
+    def label(self, name: str, model: str) -> str:
+        """A model, and its name for an output tensor where slices make the two differ."""
+        name_there = self._names.get(name, {}).get(model, name)
+        return model if name_there == name else f"{model} (there {name_there})"
 
     def observe(self, observation: Observation) -> None:
+        """Keep an observation for the report."""
         with self._lock:
             self.observations[observation.name] = observation
 
-    def note_zero_metrics(self, name: str) -> None:
-        with self._lock:
-            if name in self.inputs:
-                if not self._zero_metrics:
-                    _LOG.warning(
-                        "The metrics of %s are zero in every model: it is merged as without any, "
-                        "and so are others like it.",
-                        name,
-                    )
-                self._zero_metrics.append(name)
-
     def record(self, name: str, mean: KarcherMean | None, present: int) -> None:
-        """Count a tensor, with its Karcher mean if it has one."""
+        """Count a merged tensor.
+
+        Arguments:
+            name: The output tensor.
+            mean: Its Karcher mean, if it has one.
+            present: How many of the models that take part have the tensor.
+        """
         with self._lock:
-            inputs = self.inputs.pop(name, None)
-            if inputs is None:  # of another merge, not of this plan
-                return
             self._merged += 1
-            if present < len(inputs):
+            if present < len(self._names.get(name, ())):
                 self._incomplete.append(name)
             if mean is None:
                 return
@@ -86,28 +98,67 @@ class Stage:
             if mean.status is Status.NOT_CONVERGED:
                 self._flagged["not converged"].append(name)
 
+    def note_zero_metrics(self, name: str) -> None:
+        """Remember a tensor whose metrics are zero in every model; warn of the first."""
+        with self._lock:
+            if not self._zero_metrics:
+                _LOG.warning(
+                    "The metrics of %s are zero in every model: it is merged as without any, "
+                    "and so are others like it.",
+                    name,
+                )
+            self._zero_metrics.append(name)
+
+    def warn_of_16_bits(self, name: str, dtypes: Iterable[str]) -> None:
+        """Say once that differences of what arrives in 16 bits are mostly rounding."""
+        narrow = sorted(dtype for dtype in dtypes if dtype in ("torch.float16", "torch.bfloat16"))
+        with self._lock:
+            if not narrow or self._warned_of_16_bits:
+                return
+            self._warned_of_16_bits = True
+        _LOG.warning(
+            "origin: base takes differences of tensors that arrive as %s (%s is the first): those "
+            "of close fine-tunes are then mostly rounding. If the files hold more, use dtype: "
+            "float32 with out_dtype: bfloat16.",
+            narrow[0].removeprefix("torch."),
+            name,
+        )
+
     def lines(self) -> Iterator[str]:
         """The summary, then at most one line of names for each thing to look at."""
-        found = f"{self.method} {self.title}: {self._merged} tensors merged"
+        merged = f"{self.method} {self.title}: {self._merged} tensors merged"
         if self.method == FISHER:
-            yield f"{found}, each parameter weighed by the metrics of its models."
+            yield f"{merged}, each parameter weighed by the metrics of its models."
         else:
             counts = ", ".join(f"{len(names)} {what}" for what, names in self._flagged.items())
             degrees = math.degrees(self._largest_angle)
-            yield f"{found}, largest angle to the mean {degrees:.3g} degrees, {counts}."
+            yield f"{merged}, largest angle to the mean {degrees:.3g} degrees, {counts}."
         if self._zero_metrics:
-            yield (
-                f"  metrics zero in every model, merged as without any: "
-                f"{_listed(self._zero_metrics)}"
-            )
-        for what, names in self._flagged.items():
-            if names:
-                yield f"  {what}: {_listed(names)}"
+            names = _listed(self._zero_metrics)
+            yield f"  metrics zero in every model, merged as without any: {names}"
+        for what, names_of_flag in self._flagged.items():
+            if names_of_flag:
+                yield f"  {what}: {_listed(names_of_flag)}"
         if self._incomplete:
-            yield (
-                f"  missing from some models, merged from those that have them: "
-                f"{_listed(self._incomplete)}"
-            )
+            names = _listed(self._incomplete)
+            yield f"  missing from some models, merged from those that have them: {names}"
+
+
+def announce(run: MergeRun) -> None:
+    """Have the summary of a merge printed when one of mergekit's commands ends well.
+
+    A line printed during the merge would land on the progress bar. Nothing is printed under
+    --quiet, after a failure, or outside of those commands.
+    """
+    context = click.get_current_context(silent=True)
+    if context is None or not (context.command.name or "").startswith("mergekit-"):
+        return
+    if context.params.get("quiet"):
+        return
+    runs = context.meta.setdefault(__name__, [])
+    if not runs:
+        context.with_resource(_summed_up_at_the_end(runs))
+    runs.append(run)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -115,80 +166,10 @@ def _listed(names: Sequence[str]) -> str:
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
-_current: Stage | None = None
-# The merge that was warned last; this value is of none.
-_warned_of: object = _LOG
-
-
-def begin(title: str, *, watched: bool = False, method: str = KARCHER) -> Stage:
-    """Start the summary of a merge that has been planned; later records belong to it.
-
-    Inside one of mergekit's own commands it is printed when the command ends well, unless it was
-    told to be quiet. A line printed during the merge would land on the progress bar.
-    """
-    global _current
-    _current = Stage(title, watched, method)
-    context = click.get_current_context(silent=True)
-    mergekits = context is not None and (context.command.name or "").startswith("mergekit-")
-    if context is not None and mergekits and not context.params.get("quiet"):
-        stages = context.meta.setdefault(__name__, [])
-        if not stages:
-            context.with_resource(_told_at_the_end(stages))
-        stages.append(_current)
-    return _current
-
-
-def label(name: str, model: str) -> str:
-    """The model, and its own name for that output tensor where slices make them differ."""
-    inputs = _current.inputs if _current is not None else {}
-    own = inputs.get(name, {}).get(model, name)
-    return model if own == name else f"{model} (there {own})"
-
-
-def is_watched(name: str) -> bool:
-    """Whether a report is to be written on the merge that this output tensor belongs to."""
-    return _current is not None and _current.watched and name in _current.inputs
-
-
-def observe(observation: Observation) -> None:
-    """Keep an observation for that report."""
-    if _current is not None:
-        _current.observe(observation)
-
-
-def record(group: Group, mean: KarcherMean | None) -> None:
-    """Count one merged tensor, if a planned merge is under way."""
-    if _current is not None:
-        present = len(group.tensors) + (group.base is not None)
-        _current.record(group.name, mean, present)
-
-
-def note_zero_metrics(name: str) -> None:
-    """Remember a tensor whose metrics are zero in every model."""
-    if _current is not None:
-        _current.note_zero_metrics(name)
-
-
-def warn_of_16_bits(name: str, dtypes: Iterable[str]) -> None:
-    """Say once a merge that differences of what arrives in 16 bits are mostly rounding."""
-    global _warned_of
-    narrow = sorted(dtype for dtype in dtypes if dtype in ("torch.float16", "torch.bfloat16"))
-    if not narrow or _warned_of is _current:
-        return
-    _warned_of = _current
-    _LOG.warning(
-        "origin: base takes differences of tensors that arrive as %s (%s is the first): those of "
-        "close fine-tunes are then mostly rounding. If the files hold more, use dtype: float32 "
-        "with out_dtype: bfloat16.",
-        narrow[0].removeprefix("torch."),
-        name,
-    )
-
-
 @contextmanager
-def _told_at_the_end(stages: Sequence[Stage]) -> Iterator[None]:
+def _summed_up_at_the_end(runs: Sequence[MergeRun]) -> Iterator[None]:
     # Not reached if the command fails: the error is then what there is to say.
     yield
-    for stage in stages:
-        for line in stage.lines():
+    for run in runs:
+        for line in run.lines():
             click.echo(line, err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,11 @@ from mergekit_karcher.sphere.vjp import vjp
 
 
 def merge(
-    inputs: Inputs, settings: Settings, *, keep_products: bool = False
+    inputs: Inputs,
+    settings: Settings,
+    *,
+    keep_products: bool = False,
+    saved_as: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, Solution]:
     """The mean of the inputs of one output tensor, and what is known of it.
 
@@ -35,14 +39,15 @@ def merge(
         inputs: N of them; borrowed. Gradients flow to each that requires one, and to the base.
         settings: With granularity "tensor" or "row".
         keep_products: Whether to keep their inner products, for a report.
+        saved_as: The dtype that the result is cast to in the end; by default its own.
 
     Returns:
         A new tensor of the dtype that all inputs promote to, and the solution.
 
     Raises:
-        KarcherError: If an input is not finite, or the mean beyond its dtype.
+        KarcherError: If an input is not finite, or the mean beyond the dtype that it is saved in.
     """
-    (result,), solution = _applied([inputs], settings, None, keep_products)
+    (result,), solution = _applied([inputs], _Options(settings, None, keep_products, saved_as))
     return result, solution
 
 
@@ -59,18 +64,21 @@ def merge_whole(
     Returns:
         One tensor for each part, as by `merge`, and the solution.
     """
-    return _applied(parts, settings, counted, False)
+    return _applied(parts, _Options(settings, counted, False, None))
 
 
-def _applied(
-    parts: Sequence[Inputs],
-    settings: Settings,
-    counted: Sequence[bool] | None,
-    keep_products: bool,
-) -> tuple[list[torch.Tensor], Solution]:
+class _Options(NamedTuple):
+    """How to merge; counted is None for the inputs of one tensor."""
+
+    settings: Settings
+    counted: Sequence[bool] | None
+    keep_products: bool
+    saved_as: torch.dtype | None
+
+
+def _applied(parts: Sequence[Inputs], options: _Options) -> tuple[list[torch.Tensor], Solution]:
     tensors = [tensor for part in parts for tensor in _tensors_of(part)]
-    outcome = _Merge.apply(parts, settings, counted, keep_products, *tensors)  # type: ignore[no-untyped-call]
-    *results, solution = outcome
+    *results, solution = _Merge.apply(parts, options, *tensors)  # type: ignore[no-untyped-call]
     return results, solution
 
 
@@ -83,13 +91,9 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        parts: Sequence[Inputs],
-        settings: Settings,
-        counted: Sequence[bool] | None,
-        keep_products: bool,
-        *tensors: torch.Tensor,
+        ctx: Any, parts: Sequence[Inputs], options: _Options, *tensors: torch.Tensor
     ) -> tuple[Any, ...]:
+        settings, counted, keep_products, saved_as = options
         if counted is None:
             solution = solve(parts[0], settings, keep_products=keep_products)
         else:
@@ -98,7 +102,7 @@ class _Merge(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.settings, ctx.counted, ctx.blocks = settings, counted, solution.blocks
         ctx.without_tensors = [_without_tensors(part) for part in parts]
-        return (*(combined(part, solution.mean) for part in parts), solution)
+        return (*(combined(part, solution.mean, saved_as) for part in parts), solution)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -120,13 +124,13 @@ class _Merge(torch.autograd.Function):
             whole = total([products_of(part) for part, counts in counting if counts])
             blocks = [_pulled_back(whole, parts[0], ctx.blocks[0], ctx.settings)]
         coefficients = np.concatenate(blocks)
-        needed = iter(ctx.needs_input_grad[4:])
+        needed = iter(ctx.needs_input_grad[2:])
         gradients = [
             gradient
             for part, other in zip(parts, extended, strict=True)
             for gradient in _gradients(part, other, coefficients, ctx.settings, needed)
         ]
-        return (None, None, None, None, *gradients)
+        return (None, None, *gradients)
 
 
 def _tensors_of(part: Inputs) -> list[torch.Tensor]:

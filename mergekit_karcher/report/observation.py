@@ -10,7 +10,8 @@ import torch
 
 from mergekit_karcher.kernels.chords import squared_chord
 from mergekit_karcher.kernels.shared_metric import SharedMetric
-from mergekit_karcher.means.karcher import Group, Products
+from mergekit_karcher.means.inputs import Inputs
+from mergekit_karcher.means.products import Products
 from mergekit_karcher.sphere.pairwise import (
     PairwiseGeometry,
     as_seen_from,
@@ -85,25 +86,24 @@ class Observation:
 
 
 def observed(
-    group: Group,
+    inputs: Inputs,
     products: Products,
     models: Sequence[str],
-    weights: Sequence[float],
     base: str | None,
 ) -> Observation:
     """An observation of inputs that all have a weight, from their inner products.
 
-    products: of the whole tensors; around the group's base, if it has one, and with it.
+    products: of the whole tensors; around the base of the inputs, if it has one, and with it.
     models: the names of the inputs. base: that of the base model, whether it takes part or not.
     """
-    tensors, names = list(group.tensors), list(models)
-    shares = np.array(weights, dtype=np.float64)
+    tensors, names = list(inputs.tensors), list(models)
+    shares = inputs.weights
     gram, exponents = products.grams[0], products.exponents[0]
-    if group.base is None:
+    if inputs.base is None:
         zero, scale = geometry_of_gram(gram, exponents), np.ones(gram.shape)
     else:
         zero = geometry_of_differences(gram, exponents)
-        tensors.append(group.base)
+        tensors.append(inputs.base)
         names.append(base or "the base")
         shares = np.append(shares, np.nan)
         lengths = np.sqrt(np.diagonal(gram)).astype(np.float64)
@@ -113,13 +113,13 @@ def observed(
         longer = np.maximum(lengths[:, None], lengths)
         scale = (longer / length) ** 2 if length > 0 else np.zeros(longer.shape)
     index = names.index(base) if base in names else None
-    zero = _refined(zero, tensors, group.metric, _CLOSE * scale)
+    zero = _refined(zero, tensors, inputs.shared_metric, _CLOSE * scale)
     return Observation(
-        group.name,
+        inputs.name,
         tuple(tensors[0].shape),
         tuple(names),
         shares,
-        "zero" if group.base is None else "base",
+        "zero" if inputs.base is None else "base",
         zero,
         None if index is None else as_seen_from(zero, index),
         index,

@@ -12,6 +12,9 @@ from mergekit_karcher.errors import KarcherError
 
 MODEL_KEYS = ("model", "base_model")
 
+# The metric that is the same for every element, and needs no file.
+IDENTITY = "identity"
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """The one document of a config; raises `KarcherError` for anything else."""

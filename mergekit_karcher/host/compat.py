@@ -1,0 +1,134 @@
+"""What we use of mergekit that is not its public API, each behind a name of ours.
+
+`check` says what has moved. Nothing outside of `host` imports mergekit.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+from mergekit_karcher.errors import KarcherError
+
+# The versions of mergekit that this was written for.
+SUPPORTED = SpecifierSet(">=0.1.5,<0.2", prereleases=True)
+
+# What marks a function as ours, and holds the one that it stands for.
+_MARK = "_mergekit_karcher_replaces"
+
+# The names that a module must have once it is complete; a trailing part is a field of a task.
+_REQUIRED = {
+    "mergekit.merge_methods.karcher": ["karcher_merge_method"],
+    "mergekit.merge_methods.registry": ["_METHODS", "get", "register"],
+    "mergekit.options": ["MergeOptions.apply_global_options"],
+    "mergekit.merge_methods.task_adapter": [
+        "TensorDictWrapper",
+        "ExecuteMergeMethodTask.gather_tensors",
+        "ExecuteMergeMethodTask.model_order",
+        "ExecuteMergeMethodTask.base_model",
+        "ExecuteMergeMethodTask.output_weight",
+        "ExecuteMergeMethodTask.parameters",
+        "ExecuteMergeMethodTask.input_parameters",
+        "ExecuteMergeMethodTask.dtype",
+        "ExecuteMergeMethodTask.out_dtype",
+    ],
+    "mergekit.io.tasks": [
+        "LoaderCache.get",
+        "LoadTensor._resolve_name",
+        "GatherTensors.weight_info",
+        "SaveTensor.tensor_task",
+        "SaveTensor.dtype",
+        "ReturnTensor.tensor_task",
+        "FinalizeModel.tensor_save_tasks",
+    ],
+    "mergekit.plan": ["MergePlanner.plan_to_disk", "MergePlanner.plan_in_memory"],
+    "mergekit.scripts.merge_raw_pytorch": [
+        "plan_flat_merge",
+        "RawPyTorchMergeConfig",
+        "SimpleLoaderCache.get",
+        "SimpleLoadTensor.tensor_name",
+    ],
+}
+
+
+def installed_version() -> str | None:
+    """The version of mergekit that is installed, or None."""
+    try:
+        return importlib.metadata.version("mergekit")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check(*modules: str) -> None:
+    """Check that modules of mergekit have what we use of them.
+
+    Arguments:
+        modules: Names of modules; they are imported if they are not there yet.
+
+    Raises:
+        KarcherError: If anything has moved; the message names it.
+    """
+    moved = []
+    for module in modules:
+        for name in _REQUIRED[module]:
+            if not _has(importlib.import_module(module), name):
+                moved.append(f"{module}.{name}")
+    if moved:
+        raise KarcherError(f"mergekit has no {', '.join(moved)} any more")
+
+
+def _has(holder: Any, name: str) -> bool:
+    first, _, rest = name.partition(".")
+    if first in getattr(holder, "model_fields", {}):
+        return True
+    return hasattr(holder, first) and (not rest or _has(getattr(holder, first), rest))
+
+
+def table_of(registry: Any) -> dict[str, Any]:
+    """The table of merge methods by name; mergekit before 0.1.5 called it otherwise.
+
+    Raises:
+        KarcherError: If the registry has no table that we know.
+    """
+    for name in ("_METHODS", "REGISTERED_MERGE_METHODS"):
+        table = getattr(registry, name, None)
+        if isinstance(table, dict):
+            return table
+    raise KarcherError("mergekit has no mergekit.merge_methods.registry._METHODS any more")
+
+
+def put_in_place_of(holder: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
+    """Put a function of ours in the place of one of mergekit's, once.
+
+    Arguments:
+        holder: The class or module that has the function.
+        name: What it is called there.
+        make: Makes ours from mergekit's.
+    """
+    theirs = getattr(holder, name)
+    if hasattr(theirs, _MARK):
+        return
+    ours = functools.wraps(theirs)(make(theirs))
+    setattr(ours, _MARK, theirs)
+    setattr(holder, name, ours)
+
+
+def original(function: Any) -> Any:
+    """mergekit's own function, whether one of ours stands in its place or not."""
+    return getattr(function, _MARK, function)
+
+
+def method_of(planner: Any) -> Any:
+    """The merge method of a `MergePlanner`."""
+    return planner._method
+
+
+def resolved_name(load: Any, loader: Any) -> str | None:
+    """The name under which a checkpoint has the tensor of a `LoadTensor` task, or None."""
+    name: str | None = load._resolve_name(loader)
+    return name

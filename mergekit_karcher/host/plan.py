@@ -1,0 +1,227 @@
+"""The plans of mergekit's commands, checked and rewritten before they run.
+
+Imported once mergekit's own classes are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.host import compat
+from mergekit_karcher.host.checks import (
+    NAMES,
+    check_merges,
+    check_parameter_names,
+    warn_of_a_base_that_takes_part,
+)
+from mergekit_karcher.host.graph import (
+    has_metric,
+    merge_tasks,
+    only_tied,
+    saved_dtypes,
+    weights_read,
+    with_merges_replaced,
+)
+from mergekit_karcher.host.metric_loads import MetricFiles, warn_of_mixed_metrics
+from mergekit_karcher.host.report_context import planned_of
+from mergekit_karcher.host.run import FISHER, KARCHER, MergeRun, announce
+from mergekit_karcher.host.tasks import (
+    MergeTensor,
+    ModelMean,
+    TensorMean,
+    TensorProducts,
+    report_task,
+)
+from mergekit_karcher.report.store import make_folder
+
+_LOG = logging.getLogger(__name__)
+
+_REPORT = "MERGEKIT_KARCHER_REPORT"
+
+
+def patch_planner(planner: Any) -> None:
+    """Have the plans that mergekit's `MergePlanner` makes rewritten. Idempotent."""
+
+    def rewriting(plan: Callable[..., Any]) -> Callable[..., Any]:
+        def rewritten(self: Any, *arguments: Any, **options: Any) -> Any:
+            if self.config.merge_method not in (*NAMES, FISHER):
+                _warn_of_no_report(self.config.merge_method)
+                return plan(self, *arguments, **options)
+            check_parameter_names(self.config, compat.method_of(self))
+            tasks = plan(self, *arguments, **options)
+            # In memory there is no place that the merge could be called by.
+            path = next(iter((*arguments, *options.values())), "in memory")
+            return rewrite_plan(tasks, self.config, path, self.options)
+
+        return rewritten
+
+    compat.put_in_place_of(planner, "plan_to_disk", rewriting)
+    compat.put_in_place_of(planner, "plan_in_memory", rewriting)
+
+
+def patch_flat_planner(module: Any) -> None:
+    """Have the plans of `mergekit-pytorch` rewritten. Idempotent."""
+
+    def rewriting(plan: Callable[..., Any]) -> Callable[..., Any]:
+        def rewritten(config: Any, out_path: str, *arguments: Any, **options: Any) -> Any:
+            if config.merge_method not in (*NAMES, FISHER):
+                _warn_of_no_report(config.merge_method)
+                return plan(config, out_path, *arguments, **options)
+            check_parameter_names(config, module.merge_methods.get(config.merge_method))
+            tasks = plan(config, out_path, *arguments, **options)
+            merge_options = (*arguments, *options.values())[-1]
+            return rewrite_plan(tasks, config, out_path, merge_options)
+
+        return rewritten
+
+    compat.put_in_place_of(module, "plan_flat_merge", rewriting)
+
+
+def rewrite_plan(tasks: Sequence[Any], config: Any, out_path: str, options: Any) -> list[Any]:
+    """A plan of one of our methods, checked, with our tasks in the place of its merges.
+
+    Arguments:
+        tasks: The plan, as mergekit made it.
+        config: The config that it was made from.
+        out_path: Where the result goes, whose name the summary has.
+        options: mergekit's `MergeOptions`.
+
+    Returns:
+        The plan that is to run.
+
+    Raises:
+        KarcherError: For what the config may not ask for, or the plan may not contain.
+    """
+    title = os.path.basename(os.path.abspath(out_path))
+    method = FISHER if config.merge_method == FISHER else KARCHER
+    folder = _report_folder(title) if method == KARCHER else None
+    if method == FISHER:
+        _warn_of_no_report(FISHER)
+    merges = merge_tasks(tasks, (config.merge_method,))
+    if not merges:
+        raise KarcherError(
+            f"mergekit planned no tensor that merge_method: {config.merge_method} could merge: "
+            "upgrade mergekit-karcher if the models have tensors of floating-point numbers."
+        )
+    run = checked_run(merges, title, method, watched=folder is not None)
+    announce(run)
+    if method == KARCHER:
+        warn_of_a_base_that_takes_part(merges)
+    files = MetricFiles(options.transformers_cache)
+    saved = saved_dtypes(tasks)
+    mean = None
+    if method == KARCHER and _is_whole(merges):
+        mean = model_mean(merges, files, run)
+    new = {
+        id(merge): MergeTensor(
+            merge=merge,
+            metrics=files.loads(merge) if mean is None and has_metric(merge) else None,
+            run=run,
+            mean=mean,
+            saved_as=saved[id(merge)],
+        )
+        for merge in merges
+    }
+    rewritten = with_merges_replaced(tasks, new)
+    if folder is not None:
+        make_folder(folder)
+        planned = planned_of(config, merges, config.merge_method)
+        rewritten.append(report_task(rewritten, planned, run, folder))
+    return rewritten
+
+
+def checked_run(merges: Sequence[Any], title: str, method: str, *, watched: bool) -> MergeRun:
+    """The run of the merge tasks of a plan, all of which are checked.
+
+    Arguments:
+        merges: The tasks, as mergekit planned them.
+        title: What the merge is called in its summary.
+        method: `KARCHER` or `FISHER`.
+        watched: Whether there is to be a report.
+
+    Raises:
+        KarcherError: If they cannot be merged.
+    """
+    run = MergeRun(title, method, watched=watched, names=_input_names(merges))
+    warn_of_mixed_metrics(merges)
+    if method == KARCHER:
+        check_merges(merges, run)
+    return run
+
+
+def means_only(merges: Sequence[Any], run: MergeRun, options: Any) -> list[Any]:
+    """Tasks that take the means of a plan's merge tasks, and combine nothing.
+
+    Arguments:
+        merges: The tasks, as mergekit planned them.
+        run: The merge that they are of, which is told of each.
+        options: mergekit's `MergeOptions`.
+
+    Returns:
+        One task for each of them, or with granularity model a single one for all.
+    """
+    files = MetricFiles(options.transformers_cache)
+    if _is_whole(merges):
+        return [model_mean(merges, files, run)]
+    return [
+        TensorMean(merge=merge, metrics=files.loads(merge) if has_metric(merge) else None, run=run)
+        for merge in merges
+    ]
+
+
+def model_mean(merges: Sequence[Any], files: MetricFiles, run: MergeRun) -> ModelMean:
+    """The task that takes the mean of whole models.
+
+    Tied weights, which a checkpoint has once and the plan reads twice, count once.
+    """
+    parts = tuple(
+        TensorProducts(
+            merge=merge, metrics=files.loads(merge) if has_metric(merge) else None, run=run
+        )
+        for merge in merges
+        if not only_tied(merge)
+    )
+    return ModelMean(parts=parts)
+
+
+def _is_whole(merges: Sequence[Any]) -> bool:
+    return any(merge.parameters["granularity"] == "model" for merge in merges)
+
+
+def _input_names(merges: Sequence[Any]) -> dict[str, dict[str, str]]:
+    """What each input of each output tensor is called in its model."""
+    names = {}
+    for merge in merges:
+        name = merge.output_weight.name
+        of_inputs = {str(model): name for model in merge.model_order}
+        of_inputs |= {str(model): weight.name for model, weight in weights_read(merge)}
+        names[name] = of_inputs
+    return names
+
+
+def _warn_of_no_report(method: str) -> None:
+    if os.environ.get(_REPORT):
+        _LOG.warning(
+            "%s is set, but only merges by karcher write a report: for %s use mergekit-karcher "
+            "report.",
+            _REPORT,
+            method,
+        )
+
+
+def _report_folder(title: str) -> Path | None:
+    """Where the environment asks for a report on the merge of that name."""
+    asked = os.environ.get(_REPORT)
+    if not asked:
+        return None
+    context = click.get_current_context(silent=True)
+    # mergekit-multi merges several times in one command; its name has changed before.
+    stages = context is not None and "intermediate_dir" in context.params
+    return Path(asked) / title if stages else Path(asked)

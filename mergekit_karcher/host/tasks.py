@@ -1,0 +1,246 @@
+"""Our tasks in mergekit's graph. Imported once mergekit's own classes are there.
+
+A merge of whole models reads everything twice:
+
+    load -> gather -> inner products, for each tensor
+                      all of them -> mean
+    load -> gather -> merge with that mean, for each tensor
+
+The second loads are other tasks than the first, and come after the mean: as the same ones, or any
+earlier, mergekit's executor would hold all tensors of all models in between.
+"""
+
+# Tasks are pydantic models, which read annotations: they must be real ones here.
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mergekit import merge_methods
+from mergekit.common import dtype_from_name
+from mergekit.graph import Task
+from mergekit.merge_methods.base import PerInputValues, TensorEntry, TensorGroup, TensorMetadata
+from mergekit.merge_methods.buffers import copy_non_floating_buffer
+from mergekit.merge_methods.dtype import align_dtype
+from mergekit.tokenizer import BuildTokenizer
+
+from mergekit_karcher.host.checks import weights_of
+from mergekit_karcher.host.metric_loads import MetricLoads
+from mergekit_karcher.host.parameters import settings_of
+from mergekit_karcher.means.products import Products, total
+from mergekit_karcher.means.result import KarcherMean
+from mergekit_karcher.means.solve import mean_of_products
+from mergekit_karcher.report.build import Planned, build
+from mergekit_karcher.report.store import NO_PLOTS, write
+from mergekit_karcher.sphere.solver import Status
+
+_LOG = logging.getLogger(__name__)
+
+
+class _OfInputs(Task[Any]):  # type: ignore[misc]
+    """What is done with the inputs of one output tensor.
+
+    merge: mergekit's own task for that tensor, which says what to do.
+    metrics: loads the metrics of its inputs; None if it is to have none.
+    run: the `MergeRun` that it is part of.
+    """
+
+    merge: Task
+    metrics: MetricLoads | None
+    run: Any
+
+    def arguments(self) -> dict[str, Any]:
+        metrics = {f"metric {model}": load for model, load in self.metrics or ()}
+        return {"tensors": self.merge.gather_tensors, **metrics}
+
+    def group_label(self) -> Any:
+        return self.merge.group_label()
+
+    def uses_accelerator(self) -> bool:
+        return True
+
+    def execute(self, tensors: Mapping[Any, torch.Tensor], **loaded: Any) -> Any:
+        merge = self.merge
+        method = merge_methods.get(merge.method_name)
+        group = TensorGroup(
+            tuple(
+                TensorEntry(model, tensor, is_base=model == merge.base_model)
+                for model in merge.model_order
+                if (tensor := tensors.get(model)) is not None
+            ),
+            TensorMetadata.from_weight_info(merge.output_weight),
+        )
+        method.validate_inputs(
+            [entry.id for entry in group.entries],
+            merge.base_model,
+            group_name=merge.output_weight.name,
+        )
+        buffer = copy_non_floating_buffer(group.tensors, merge.output_weight.name)
+        if buffer is not None:
+            return self.of_buffer(buffer)
+        group.validate_tensors()
+        parameters = dict(merge.parameters.items())
+        for name in ("weight", "metric"):
+            values = [(e.id, merge.input_parameters[e.id][name]) for e in group.entries]
+            parameters[name] = PerInputValues(values)
+        metrics = None
+        if self.metrics is not None:
+            metrics = {model: loaded[f"metric {model}"] for model, _ in self.metrics}
+        aligned = align_dtype(group, dtype_from_name(merge.dtype))
+        with torch.autocast(device_type=group.tensors[0].device.type, enabled=False):
+            return self.of_tensors(method, aligned, parameters, metrics, loaded.get("mean"))
+
+    def of_buffer(self, buffer: torch.Tensor) -> Any:
+        """What comes of whole numbers that all inputs agree on."""
+        return None
+
+    @abstractmethod
+    def of_tensors(
+        self,
+        method: Any,
+        group: TensorGroup,
+        parameters: dict[str, Any],
+        metrics: Mapping[Any, torch.Tensor] | None,
+        mean: KarcherMean | None,
+    ) -> Any:
+        """What comes of floating-point inputs of one dtype."""
+
+
+class TensorProducts(_OfInputs):
+    """The inner products of the inputs of one output tensor; None for a buffer."""
+
+    def of_tensors(
+        self, method: Any, group: Any, parameters: Any, metrics: Any, mean: Any
+    ) -> Products:
+        products: Products = method.products(group, parameters, self.run, metrics)
+        return products
+
+
+class TensorMean(_OfInputs):
+    """The mean of the inputs of one output tensor, told to the run and not combined."""
+
+    def of_tensors(self, method: Any, group: Any, parameters: Any, metrics: Any, mean: Any) -> None:
+        method.measure(group, parameters, self.run, metrics)
+
+
+class ModelMean(Task[KarcherMean]):  # type: ignore[misc]
+    """The mean of whole models. Equal only to itself: comparing its parts is slow."""
+
+    parts: tuple[TensorProducts, ...]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def arguments(self) -> dict[str, Any]:
+        return {str(index): part for index, part in enumerate(self.parts)}
+
+    def execute(self, **products: Any) -> KarcherMean:
+        first = self.parts[0].merge
+        weights = np.array([weight for weight in weights_of(first).values() if weight > 0])
+        parts = [part for part in products.values() if part is not None]
+        mean = mean_of_products(total(parts), weights, settings_of(first.parameters))
+        if mean.status is Status.ZERO:
+            _LOG.warning("The whole model: %s.", mean.status.value)
+        return mean
+
+
+class AfterMean(Task[Any]):  # type: ignore[misc]
+    """A task that mergekit planned, done once more when the mean is known."""
+
+    task: Task
+    mean: ModelMean
+
+    def arguments(self) -> dict[str, Any]:
+        tasks = {
+            name: task if isinstance(task, BuildTokenizer) else AfterMean(task=task, mean=self.mean)
+            for name, task in self.task.arguments().items()
+        }
+        return tasks or {"mean": self.mean}
+
+    def execute(self, **arguments: Any) -> Any:
+        return self.task.execute(**{k: v for k, v in arguments.items() if k != "mean"})
+
+    def priority(self) -> int:
+        return int(self.task.priority())
+
+    def group_label(self) -> Any:
+        return self.task.group_label()
+
+
+class MergeTensor(_OfInputs):
+    """One output tensor of a merge of ours.
+
+    mean: gives the mean of whole models, which is then taken instead of the tensor's.
+    saved_as: the dtype that the tensor is saved in, by mergekit's name for it; None for its own.
+    """
+
+    mean: ModelMean | None
+    saved_as: str | None
+
+    def arguments(self) -> dict[str, Any]:
+        arguments = super().arguments()
+        if self.mean is None:
+            return arguments
+        gather = AfterMean(task=self.merge.gather_tensors, mean=self.mean)
+        return {**arguments, "tensors": gather, "mean": self.mean}
+
+    def of_buffer(self, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer
+
+    def of_tensors(
+        self, method: Any, group: Any, parameters: Any, metrics: Any, mean: Any
+    ) -> torch.Tensor:
+        more = {} if mean is None else {"mean": mean}
+        result: torch.Tensor = method.merge_tensor(
+            group,
+            parameters,
+            self.run,
+            metrics=metrics,
+            saved_as=dtype_from_name(self.saved_as),
+            **more,
+        )
+        dtype = dtype_from_name(self.merge.out_dtype)
+        return result if dtype is None else result.to(dtype)
+
+
+class WriteReport(Task[None]):  # type: ignore[misc]
+    """Writes the report on a merge when its tensors are saved. Equal only to itself."""
+
+    after: tuple[Task, ...]
+    planned: Any
+    run: Any
+    folder: Path
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def arguments(self) -> dict[str, Any]:
+        return {str(index): task for index, task in enumerate(self.after)}
+
+    def main_thread_only(self) -> bool:
+        return True
+
+    def execute(self, **_: Any) -> None:
+        try:
+            report = build(self.planned, self.run.observations, self.run.means)
+            if not write(report, self.folder):
+                _LOG.warning(NO_PLOTS)
+        except Exception as error:
+            # All weights are saved; mergekit has yet to save config and tokenizer.
+            _LOG.error("The report was not written to %s: %s.", self.folder, error)
+            _LOG.debug("stopped by", exc_info=True)
+
+
+def report_task(tasks: Sequence[Any], planned: Planned, run: Any, folder: Path) -> WriteReport:
+    """The task that writes the report on a plan after the last of its tensors is saved."""
+    last = [task for task in tasks if hasattr(task, "tensor_save_tasks")] or tasks
+    return WriteReport(after=tuple(last), planned=planned, run=run, folder=folder)
