@@ -7,14 +7,17 @@ import os
 import stat
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from packaging.requirements import Requirement
 
 import mergekit_karcher
 from mergekit_karcher.cli import doctor
 from mergekit_karcher.cli.main import main
+from mergekit_karcher.host.compat import SUPPORTED
 
 BIN = Path(sys.executable).parent
 
@@ -103,10 +106,10 @@ def test_doctor_in_a_sound_installation():
 def test_doctor_names_the_switch_that_keeps_us_out(name, value, words):
     done = shell("doctor", "--json", **{name: value})
     assert done.returncode == 1
-    found = json.loads(done.stdout)
-    assert found["active"] is False
-    assert found["method"] == "Karcher Mean"
-    (problem,) = found["problems"]
+    findings = json.loads(done.stdout)
+    assert findings["active"] is False
+    assert findings["method"] == "Karcher Mean"
+    (problem,) = findings["problems"]
     assert words in problem
     assert "unset it" in problem
     quiet = shell("doctor", "--quiet", **{name: value})
@@ -122,16 +125,33 @@ SOUND = {
     "module": "mergekit.merge_methods.base",
     "python": ["python", "3.11.7"],
 }
+REFUSED = {"refusal": "merge_method: karcher cannot run: it does not fit; set MERGEKIT_KARCHER=0."}
 PROBLEMS = {
     "elsewhere": ({"mergekit-karcher": None}, {}, "runs in another environment", "pip install"),
     "no mergekit": ({"mergekit": None}, {"error": "ModuleNotFoundError"}, "no mergekit", "install"),
     "too old": ({"mergekit": "0.1.4"}, {}, "0.1.4 is too old", "'mergekit>=0.1.5,<0.2'"),
     "too new": ({"mergekit": "0.2.0"}, {}, "0.2.0 is newer", "upgrade mergekit-karcher"),
+    "between": ({"mergekit": "0.1.10"}, {"module": "rival"}, "another plugin has taken", ""),
+    "alpha": ({"mergekit": "0.2.0a1"}, {}, "0.2.0a1 is newer", "upgrade mergekit-karcher"),
+    "no torch": ({"torch": None}, {}, "torch is not installed", "'torch>=2.5'"),
     "old torch": ({"torch": "2.4.1"}, {}, "torch 2.4.1 has no autoload", "'torch>=2.5'"),
     "no entry": ({}, {"entry point": False}, "without its entry point", "--force-reinstall"),
     "broken": ({}, {"error": "ImportError: x"}, "does not start there: ImportError: x", ""),
+    "refused": (
+        {},
+        {"module": "mergekit_karcher.host.install", **REFUSED},
+        "cannot run: it",
+        "set",
+    ),
     "rival": ({}, {"module": "rival"}, "another plugin has taken its place", "karcher_mean"),
 }
+
+
+def test_the_metadata_asks_for_the_versions_that_are_supported():
+    asked = [Requirement(line) for line in metadata.requires("mergekit-karcher")]
+    ranges = {requirement.name: requirement.specifier for requirement in asked}
+    assert ranges["mergekit"] == SUPPORTED
+    assert str(ranges["torch"]) == ">=2.5"
 
 
 @pytest.mark.parametrize("case", PROBLEMS)
