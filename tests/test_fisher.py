@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from configs import config_for
 from conftest import llama, weights_of
 from hub import Hub
 from hypothesis import given, settings
@@ -202,22 +203,13 @@ def with_metrics(tmp_path_factory):
     return found
 
 
-def config_for(models, metrics, weights=None, **more):
-    weights = weights or [1] * len(models)
-    return {
-        "merge_method": "fisher",
-        "models": [
-            {"model": model, "parameters": {"metric": metric, "weight": weight}}
-            for model, metric, weight in zip(models, metrics, weights, strict=True)
-        ],
-        "dtype": "float32",
-        **more,
-    }
+def fisher_config(models, metrics, weights=None, **settings):
+    return config_for(models, weights, metrics=metrics, merge_method="fisher", **settings)
 
 
 def test_a_real_merge_reads_metrics_beside_the_weights(with_metrics, merge):
     models, metrics, tensors = zip(*with_metrics, strict=True)
-    outcome = merge(config_for(models, metrics, [1, 2, 0.5]))
+    outcome = merge(fisher_config(models, metrics, [1, 2, 0.5]))
     inputs = [weights_of(model) for model in models]
     for name, found in outcome.weights.items():
         wide = [
@@ -253,19 +245,19 @@ def test_slices_take_the_metric_of_the_inputs_own_layer(with_metrics, merge):
 
 def test_a_base_takes_no_part_around_itself(with_metrics, merge):
     models, metrics, _ = zip(*with_metrics, strict=True)
-    around = config_for(models[:2], metrics[:2], base_model=models[2])
+    around = fisher_config(models[:2], metrics[:2], base_model=models[2])
     refused = merge(around)
     assert (refused.exit_code, "needs a metric for" in refused.output) == (1, True)
     around["parameters"] = {"origin": "base"}
     found = merge(around, name="around").weights
-    expected = merge(config_for(models[:2], metrics[:2]), name="two").weights
+    expected = merge(fisher_config(models[:2], metrics[:2]), name="two").weights
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_identity_by_filter_and_mistakes_while_planning(with_metrics, merge, tmp_path):
     models, metrics, tensors = zip(*with_metrics[:2], strict=True)
     by_filter = [{"filter": "mlp", "value": metrics[1]}, {"value": "identity"}]
-    weights = merge(config_for(models, [metrics[0], by_filter])).weights
+    weights = merge(fisher_config(models, [metrics[0], by_filter])).weights
     name = "model.norm.weight"
     given = [weights_of(model)[name] for model in models]
     assert torch.equal(weights[name], fisher_mean(given, [tensors[0][name], None]))
@@ -279,11 +271,11 @@ def test_identity_by_filter_and_mistakes_while_planning(with_metrics, merge, tmp
         (str(tmp_path / "nowhere"), ["cannot be opened", models[1]]),
         ("", ["needs a metric for", models[1], "metric: identity"]),
     ):
-        outcome = merge(config_for(models, [metrics[0], metric]), name="bad")
+        outcome = merge(fisher_config(models, [metrics[0], metric]), name="bad")
         assert outcome.exit_code == 1
         assert all(word in outcome.output for word in words), outcome.output
         assert not outcome.out.exists()
-    misspelt = config_for(models, metrics)
+    misspelt = fisher_config(models, metrics)
     misspelt["models"][0]["parameters"]["metrik"] = "x"
     assert "did you mean metric?" in merge(misspelt, name="misspelt").output
 
@@ -298,7 +290,7 @@ def test_zeros_in_every_model_are_named_once_at_the_end(with_metrics, merge, tmp
         save_file(own, folder / "model.safetensors")
         metrics.append(str(folder))
     for method in ("fisher", "karcher"):
-        config = config_for(models, metrics) | {"merge_method": method}
+        config = fisher_config(models, metrics) | {"merge_method": method}
         caplog.clear()
         outcome = merge(config, name=method)
         assert caplog.text.count("zero in every model: it is merged as without any") == 1
@@ -322,7 +314,7 @@ def test_what_metrics_say_of_themselves_is_compared(with_metrics, merge, tmp_pat
 
     def warnings(method):
         caplog.clear()
-        merge(config_for(models, map(str, copies)) | {"merge_method": method}, name=method)
+        merge(fisher_config(models, map(str, copies)) | {"merge_method": method}, name=method)
         return caplog.text
 
     for index in range(3):
@@ -339,7 +331,7 @@ def test_the_report_on_a_config_takes_its_metrics(with_metrics, tmp_path):
     models, metrics, _ = zip(*with_metrics, strict=True)
     found = {}
     for method, own in (("fisher", metrics), ("karcher", metrics), ("plain", [""] * 3)):
-        config = config_for(models, own) | {"merge_method": method.replace("plain", "karcher")}
+        config = fisher_config(models, own) | {"merge_method": method.replace("plain", "karcher")}
         file = tmp_path / f"{method}.yml"
         file.write_text(yaml.safe_dump(config))
         result = CliRunner().invoke(main, ["report", str(file), "--json"])
@@ -351,14 +343,14 @@ def test_the_report_on_a_config_takes_its_metrics(with_metrics, tmp_path):
 
 def test_a_base_that_takes_part_needs_a_metric(with_metrics, merge):
     models, metrics, _ = zip(*with_metrics, strict=True)
-    outcome = merge(config_for(models[:2], metrics[:2], base_model=models[2]))
+    outcome = merge(fisher_config(models[:2], metrics[:2], base_model=models[2]))
     assert "or origin: base, where the base takes no part" in outcome.output
 
 
 def test_the_card_names_no_path_of_a_metric(with_metrics, merge, tmp_path):
     models, metrics, _ = zip(*with_metrics, strict=True)
     filtered = [[{"filter": "mlp", "value": metric}, {"value": metric}] for metric in metrics]
-    config = config_for(models, filtered) | {"merge_method": "karcher"}
+    config = fisher_config(models, filtered) | {"merge_method": "karcher"}
     outcome = merge(config)
     file = tmp_path / "again.yml"
     file.write_text(yaml.safe_dump(config))
@@ -375,7 +367,7 @@ def test_the_card_names_no_path_of_a_metric(with_metrics, merge, tmp_path):
 def test_a_metric_by_its_hub_id(with_metrics, merge, tmp_path):
     """Uploaded and fetched by the real client, from a stand-in for the Hub."""
     models, metrics, _ = zip(*with_metrics[:2], strict=True)
-    config = config_for(models, ["me/metric", metrics[1]])
+    config = fisher_config(models, ["me/metric", metrics[1]])
     (tmp_path / "hub.yml").write_text(yaml.safe_dump(config))
     with Hub() as hub:
         environment = os.environ | hub.environment(tmp_path / "cache")
@@ -392,7 +384,7 @@ def test_a_metric_by_its_hub_id(with_metrics, merge, tmp_path):
                 timeout=300,
             )
             assert done.returncode == 0, done.stdout + done.stderr
-    found, expected = weights_of(tmp_path / "hub"), merge(config_for(models, metrics)).weights
+    found, expected = weights_of(tmp_path / "hub"), merge(fisher_config(models, metrics)).weights
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -406,7 +398,7 @@ def test_a_permuted_vocabulary_is_refused(merge, tmp_path):
     models = [llama(tmp_path / f"v{seed}", seed, extra_words=seed) for seed in range(2)]
     for model in models:
         shutil.copytree(model, f"{model}-metric")
-    config = config_for(models, [f"{model}-metric" for model in models])
+    config = fisher_config(models, [f"{model}-metric" for model in models])
     outcome = merge(config | {"tokenizer": {"source": "union"}})
     assert (outcome.exit_code, "a metric cannot follow" in outcome.output) == (1, True)
 

@@ -435,8 +435,10 @@ def test_a_base_of_another_shape_is_named():
         karcher_mean([torch.ones(3)], base=torch.ones(4))
 
 
-def test_gradients_of_many_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr("mergekit_karcher.means.karcher._ROW_ELEMENTS", 20)
+@pytest.mark.parametrize("elements", [20, 50])
+def test_gradients_of_many_blocks_of_rows(monkeypatch, elements):
+    """With 50, as many rows fit into a block forwards as would not with the upstream gradient."""
+    monkeypatch.setattr("mergekit_karcher.means.solve._ROW_ELEMENTS", elements)
     inputs = [torch.randn(7, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(lambda *t: karcher_mean(t, granularity="row")[0], inputs)
 

@@ -9,28 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from configs import config_for
 from conftest import llama, weights_of
 from inputs import ambient_mean
 from mergekit.merge_methods import get, merge_state_dicts
 from mergekit.merge_methods.karcher import karcher_merge_tensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mergekit_karcher
 from mergekit_karcher import karcher_mean
 
 
-def config_for(models, weights=None, **settings):
-    weights = weights or [None] * len(models)
-    return {
-        "merge_method": "karcher",
-        "models": [
-            {"model": model} | ({} if weight is None else {"parameters": {"weight": weight}})
-            for model, weight in zip(models, weights, strict=True)
-        ],
-        "dtype": "bfloat16",
-        **settings,
-    }
+def bf16_config(models, weights=None, **settings):
+    return config_for(models, weights, **{"dtype": "bfloat16"} | settings)
 
 
 def expected_of(models, weights, name):
@@ -52,7 +44,7 @@ def assert_merged(outcome, models, weights, names=None):
 
 
 def test_three_models_merged_saved_loaded_and_generating(three_models, merge):
-    outcome = merge(config_for(three_models))
+    outcome = merge(bf16_config(three_models))
     assert_merged(outcome, three_models, [1, 1, 1])
     assert set(outcome.weights) == set(weights_of(three_models[0]))
     model = AutoModelForCausalLM.from_pretrained(outcome.out)
@@ -62,7 +54,7 @@ def test_three_models_merged_saved_loaded_and_generating(three_models, merge):
 
 
 def test_the_summary_and_the_card_say_what_ran(three_models, merge):
-    outcome = merge(config_for(three_models))
+    outcome = merge(bf16_config(three_models))
     last = outcome.output.splitlines()[-1]
     assert last.startswith(f"karcher merged: {len(outcome.weights)} tensors merged, largest angle")
     for what in ("not certified unique", "fell back to the linear mean", "not converged"):
@@ -83,13 +75,13 @@ def test_the_summary_and_the_card_say_what_ran(three_models, merge):
 
 
 def test_quiet_and_python_callers_hear_no_summary(three_models, merge, capsys):
-    assert "tensors merged" not in merge(config_for(three_models), "--quiet").output
+    assert "tensors merged" not in merge(bf16_config(three_models), "--quiet").output
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
 
     run_merge(
-        MergeConfiguration.model_validate(config_for(three_models)),
+        MergeConfiguration.model_validate(bf16_config(three_models)),
         str(Path(three_models[0]).parent / "by-python"),
         options=MergeOptions(quiet=True),
     )
@@ -99,7 +91,7 @@ def test_quiet_and_python_callers_hear_no_summary(three_models, merge, capsys):
 def test_weights_per_model_layer_gradient_and_filter(three_models, merge):
     """A list runs over the layers, a filter picks tensors by name: as everywhere in mergekit."""
     filtered = [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 2}]
-    outcome = merge(config_for(three_models, [0.5, filtered, "1e-1"]))
+    outcome = merge(bf16_config(three_models, [0.5, filtered, "1e-1"]))
 
     def weights(name):
         if "mlp" not in name:
@@ -112,24 +104,18 @@ def test_weights_per_model_layer_gradient_and_filter(three_models, merge):
 def test_a_model_of_weight_zero_may_hold_anything(three_models, merge, tmp_path):
     broken = Path(shutil.copytree(three_models[2], tmp_path / "broken"))
     for path in broken.glob("*.safetensors"):
-        tensors = {name: torch.full_like(t, torch.nan) for name, t in weights_of_file(path).items()}
+        tensors = {name: torch.full_like(t, torch.nan) for name, t in load_file(path).items()}
         save_file(tensors, path, metadata={"format": "pt"})
     models = [*three_models[:2], str(broken)]
-    outcome = merge(config_for(models, [1, 2, 0]))
+    outcome = merge(bf16_config(models, [1, 2, 0]))
     assert_merged(outcome, three_models[:2], [1, 2])
-
-
-def weights_of_file(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 @pytest.mark.parametrize("listed", [True, False])
 def test_a_base_model_is_one_more_participant(three_models, merge, listed):
     """As in the built-in, listed among the models or not."""
     models = three_models if listed else three_models[:2]
-    outcome = merge(config_for(models, base_model=three_models[2]))
+    outcome = merge(bf16_config(models, base_model=three_models[2]))
     assert_merged(outcome, three_models, [1, 1, 1])
 
 
@@ -163,21 +149,21 @@ PUBLISHED = [
 @pytest.mark.parametrize("settings", PUBLISHED)
 def test_published_configurations_run_as_they_stand(three_models, merge, settings):
     """YAML 1.1 reads 1e-5 as a string."""
-    outcome = merge(config_for(three_models, **settings))
+    outcome = merge(bf16_config(three_models, **settings))
     assert ", 0 not converged." in outcome.output
     assert_merged(outcome, three_models, [1, 1, 1])
 
 
 def test_modules_with_slices(three_models, merge):
     sources = [{"model": model, "layer_range": [0, 3]} for model in three_models]
-    config = config_for([], modules={"default": {"slices": [{"sources": sources}]}})
+    config = bf16_config([], modules={"default": {"slices": [{"sources": sources}]}})
     del config["models"]
     assert_merged(merge(config), three_models, [1, 1, 1])
 
 
 def test_vocabularies_of_different_sizes_by_tokenizer_union(merge, tmp_path):
     models = [llama(tmp_path / f"v{seed}", seed, extra_words=seed) for seed in range(3)]
-    outcome = merge(config_for(models, tokenizer={"source": "union"}))
+    outcome = merge(bf16_config(models, tokenizer={"source": "union"}))
     assert len(outcome.weights["lm_head.weight"]) == 63 + 0 + 1 + 2
     names = [name for name in outcome.weights if "layers" in name]
     assert_merged(outcome, models, [1, 1, 1], names)
@@ -186,15 +172,15 @@ def test_vocabularies_of_different_sizes_by_tokenizer_union(merge, tmp_path):
 
 def test_tied_heads(merge, tmp_path):
     models = [llama(tmp_path / f"t{seed}", seed, tie_word_embeddings=True) for seed in range(2)]
-    outcome = merge(config_for(models))
+    outcome = merge(bf16_config(models))
     assert_merged(outcome, models, [1, 1])
     AutoModelForCausalLM.from_pretrained(outcome.out)
 
 
 def test_a_stage_of_mergekit_multi(three_models, merge):
     stages = [
-        config_for(three_models[:2], [3, 1], name="first"),
-        config_for(["first", three_models[2]]) | {"merge_method": "karcher_mean"},
+        bf16_config(three_models[:2], [3, 1], name="first"),
+        bf16_config(["first", three_models[2]]) | {"merge_method": "karcher_mean"},
     ]
     outcome = merge(stages, command="mergekit-multi")
     first = outcome.out.parent / "stages" / "first"
@@ -217,12 +203,12 @@ def test_raw_pytorch_files(merge, tmp_path):
             save_file(state, paths[-1])
         else:
             torch.save(state, paths[-1])
-    config = config_for(paths, [1, 2, 3])
+    config = bf16_config(paths, [1, 2, 3])
     del config["dtype"]
     outcome = merge(config, command="mergekit-pytorch")
     assert outcome.weights["steps"] == 7
     states = [
-        weights_of_file(p) if p.endswith("safetensors") else torch.load(p, weights_only=True)
+        load_file(p) if p.endswith("safetensors") else torch.load(p, weights_only=True)
         for p in paths
     ]
     for name in ("w", "b"):
@@ -242,7 +228,7 @@ def test_tensors_that_only_some_models_have_are_merged_and_told(merge, tmp_path)
     paths = [str(tmp_path / f"m{i}.safetensors") for i in range(3)]
     for state, path in zip(states, paths, strict=True):
         save_file(state, path)
-    config = config_for(paths, [1, 2, 3]) | {"dtype": "float32"}
+    config = bf16_config(paths, [1, 2, 3]) | {"dtype": "float32"}
     outcome = merge(config, "--tensor-union", command="mergekit-pytorch")
     expected, _ = karcher_mean([states[0]["extra"], states[2]["extra"]], [1, 3])
     assert torch.equal(outcome.weights["extra"], expected)
@@ -255,7 +241,7 @@ def test_fall_backs_are_counted_and_named_but_never_flood(merge, tmp_path):
     paths = [str(tmp_path / "plus.safetensors"), str(tmp_path / "minus.safetensors")]
     save_file(state, paths[0])
     save_file({name: -tensor for name, tensor in state.items()}, paths[1])
-    outcome = merge(config_for(paths, [3, 1]) | {"dtype": "float32"}, command="mergekit-pytorch")
+    outcome = merge(bf16_config(paths, [3, 1]) | {"dtype": "float32"}, command="mergekit-pytorch")
     for name in names:
         torch.testing.assert_close(outcome.weights[name], state[name] / 2)
     told = outcome.output[outcome.output.index("karcher merged") :].splitlines()
@@ -271,7 +257,7 @@ def test_lora_inputs(three_models, merge, tmp_path):
     adapted = get_peft_model(base, LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
     adapted.save_pretrained(tmp_path / "adapter")
     outcome = merge(
-        config_for([f"{three_models[0]}+{tmp_path / 'adapter'}", three_models[1]]),
+        bf16_config([f"{three_models[0]}+{tmp_path / 'adapter'}", three_models[1]]),
         "--lora-merge-cache",
         str(tmp_path / "cache"),
     )
@@ -283,7 +269,7 @@ def test_lora_inputs(three_models, merge, tmp_path):
 
 def test_float32_work_and_bfloat16_output_round_once(merge, tmp_path):
     models = [llama(tmp_path / f"f{seed}", seed, dtype=torch.float32) for seed in range(3)]
-    outcome = merge(config_for(models, dtype="float32", out_dtype="bfloat16"))
+    outcome = merge(bf16_config(models, dtype="float32", out_dtype="bfloat16"))
     for name, tensor in outcome.weights.items():
         exact, _ = karcher_mean([weights_of(model)[name] for model in models])
         assert torch.equal(tensor, exact.bfloat16())
@@ -318,7 +304,7 @@ def spoil(model, folder, name, value):
     copy = Path(shutil.copytree(model, folder))
     index = json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"]
     path = copy / index[name]
-    tensors = weights_of_file(path)
+    tensors = load_file(path)
     tensors[name][1, 2] = value
     save_file(tensors, path, metadata={"format": "pt"})
     return str(copy)
@@ -345,7 +331,7 @@ def assert_nothing_loads(outcome):
 def test_a_value_that_is_not_finite_stops_the_merge(three_models, merge, tmp_path, value):
     name = "model.layers.1.mlp.up_proj.weight"
     broken = spoil(three_models[1], tmp_path / "broken", name, value)
-    outcome = merge(config_for([three_models[0], broken]))
+    outcome = merge(bf16_config([three_models[0], broken]))
     assert_stopped(outcome, name, broken, str(value), "[1, 2]", "leave out that model")
 
 
@@ -357,7 +343,7 @@ def test_an_error_under_slices_names_the_tensor_as_the_model_does(three_models, 
         {"model": three_models[0], "layer_range": [0, 2]},
         {"model": broken, "layer_range": [1, 3]},
     ]
-    config = config_for([], slices=[{"sources": sources}])
+    config = bf16_config([], slices=[{"sources": sources}])
     del config["models"]
     own = "(there model.layers.2.mlp.up_proj.weight)"
     assert_stopped(merge(config), "model.layers.1.mlp.up_proj.weight", f"{broken} {own}")
@@ -389,7 +375,7 @@ BAD_SETTINGS = [
 def test_bad_settings_stop_while_planning(three_models, merge, model_settings, settings, words):
     if model_settings.get("weight") == [1, -1]:
         model_settings = {"weight": [{"filter": "mlp", "value": [1, -1]}, {"value": 1}]}
-    config = config_for(three_models[:2], parameters=settings)
+    config = bf16_config(three_models[:2], parameters=settings)
     config["models"][1]["parameters"] = model_settings
     outcome = merge(config)
     assert_stopped(outcome, *[word.format(model=three_models[1]) for word in words])
@@ -400,13 +386,13 @@ def test_bad_settings_of_mergekit_pytorch_stop_too(merge, tmp_path):
     path = str(tmp_path / "m.safetensors")
     save_file({"w": torch.rand(3)}, path)
     for settings, words in (({"weight": -1}, "weight of"), ({"wait": 1}, "did you mean weight?")):
-        config = config_for([path], parameters=settings)
+        config = bf16_config([path], parameters=settings)
         outcome = merge(config, command="mergekit-pytorch")
         assert_stopped(outcome, words)
 
 
 def test_parameters_of_other_methods_are_left_to_them(three_models, merge):
-    config = config_for(three_models, [1, 1, 1]) | {"merge_method": "linear"}
+    config = bf16_config(three_models, [1, 1, 1]) | {"merge_method": "linear"}
     config["parameters"] = {"normalise": True}
     assert merge(config).weights
 
@@ -425,7 +411,7 @@ def test_what_mergekit_itself_refuses_comes_through(three_models, merge, tmp_pat
     for number, (model, word) in enumerate(
         [(wide, "size mismatch"), (truncated, ""), (missing, "up_proj.weight")]
     ):
-        outcome = merge(config_for([three_models[0], str(model)]), name=f"m{number}")
+        outcome = merge(bf16_config([three_models[0], str(model)]), name=f"m{number}")
         assert outcome.exit_code != 0
         assert word in outcome.output
         assert "tensors merged" not in outcome.output

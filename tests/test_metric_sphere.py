@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from configs import config_for
 from conftest import llama, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,8 +21,10 @@ from mergekit_karcher.cli.main import main
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels import chords, gram
 from mergekit_karcher.kernels.chords import squared_chord
-from mergekit_karcher.means.karcher import Group, Settings, in_metric, merge, products_of
-from mergekit_karcher.means.metric import shared_metric
+from mergekit_karcher.means.autograd import merge_whole
+from mergekit_karcher.means.inputs import checked_inputs
+from mergekit_karcher.means.products import products_of
+from mergekit_karcher.means.solve import Settings
 from mergekit_karcher.report.observation import observed
 from mergekit_karcher.report.schema import Report
 from mergekit_karcher.sphere.solver import Status
@@ -109,9 +112,8 @@ def test_the_scale_of_all_metrics_says_nothing(granularity, magnitude):
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
 def test_rows_take_their_part_of_the_metric(granularity, monkeypatch):
-    monkeypatch.setattr(
-        "mergekit_karcher.means.karcher._ROW_ELEMENTS", 32
-    )  # two rows are solved at once
+    # Two rows are solved at once.
+    monkeypatch.setattr("mergekit_karcher.means.solve._ROW_ELEMENTS", 32)
     tensors, metrics, weights = problem(4)
     found, _ = mean_of(tensors, metrics, weights, granularity=granularity)
     root = torch.as_tensor(np.sqrt(shared(metrics, weights)))
@@ -189,7 +191,8 @@ def test_inner_products_over_pieces_and_strides(dtype, exact, by_row, monkeypatc
     tensors = [torch.randn(30, 41, generator=generator).to(dtype) for _ in range(3)]
     base = torch.randn(41, 30, generator=generator).to(dtype).T
     metrics = [1e-15 * torch.rand(30, 41, generator=generator) ** 6 for _ in range(3)]
-    metric = shared_metric(tensors, metrics, [1, 2, 3], floor=0.1, labels=["a", "b", "c"], name="w")
+    inputs = checked_inputs("w", tensors, ["a", "b", "c"], [1, 2, 3], metrics=metrics)
+    metric = inputs.sharing_a_metric(0.1).shared_metric
     found, exponents = gram.grams(
         tensors, base=base, with_base=True, metric=metric, by_row=by_row, exact=exact
     )
@@ -230,9 +233,10 @@ def test_a_chord_too_short_for_inner_products(monkeypatch, scale):
     g = scale * np.exp(2 * rng.standard_normal(900))
     step -= first * (g * step * first).sum() / (g * first * first).sum()
     second = first + 1e-8 * step
-    metric = shared_metric(
-        [torch.as_tensor(first)], [torch.as_tensor(g)], [1.0], floor=0, labels=["a"], name="w"
+    inputs = checked_inputs(
+        "w", [torch.as_tensor(first)], ["a"], [1.0], metrics=[torch.as_tensor(g)]
     )
+    metric = inputs.sharing_a_metric(0).shared_metric
     norms = tuple(float(np.sqrt((g * x * x).sum())) for x in (first, second))
     found = squared_chord(torch.as_tensor(first), torch.as_tensor(second), norms, metric)
     expected = 1e-16 * (g * step * step).sum() / (g * first * first).sum()
@@ -247,9 +251,10 @@ def test_models_that_are_close_are_seen_in_the_metric_by_their_chords():
     g = np.where(np.arange(800) < 400, 1.0, 1e-4)
     step -= first * (g * step * first).sum() / (g * first * first).sum()
     tensors = [torch.as_tensor(first), torch.as_tensor(first + 1e-7 * step)]
-    group = Group("w", tensors, ["a", "b"])
-    group, _ = in_metric(group, [torch.as_tensor(g)] * 2, [1.0, 1.0], 0.0)
-    seen = observed(group, products_of(group), ["a", "b"], [1.0, 1.0], None)
+    metrics = [torch.as_tensor(g)] * 2
+    inputs = checked_inputs("w", tensors, ["a", "b"], [1.0, 1.0], metrics=metrics)
+    inputs = inputs.sharing_a_metric(0.0)
+    seen = observed(inputs, products_of(inputs), ["a", "b"], None)
     expected = 1e-7 * np.sqrt((g * step * step).sum() / (g * first * first).sum())
     assert seen.zero.angles[0, 1] == pytest.approx(expected, rel=1e-6)
 
@@ -259,17 +264,18 @@ def test_a_whole_model_is_one_vector_of_all_its_tensors_and_metrics():
     weights = [1.0, 2.0, 0.5]
     scale = 1e-9  # one tensor's metric is far below the other's, and stays so
     parts = [(t, [g * f for g in m]) for (t, m, _), f in zip(pairs, (1, scale), strict=True)]
-    groups = [
-        in_metric(
-            Group(str(index), [torch.as_tensor(t) for t in tensors], ["a", "b", "c"]),
-            [torch.as_tensor(g) for g in metrics],
+    inputs = [
+        checked_inputs(
+            str(index),
+            [torch.as_tensor(t) for t in tensors],
+            ["a", "b", "c"],
             weights,
-            FLOOR,
-            whole=True,
-        )[0]
+            metrics=[torch.as_tensor(g) for g in metrics],
+        ).sharing_a_metric(FLOOR, always=True)
         for index, (tensors, metrics) in enumerate(parts)
     ]
-    found, mean = merge(groups, weights, Settings(granularity="model"))
+    found, solution = merge_whole(inputs, Settings(granularity="model"), [True, True])
+    mean = solution.mean
     roots = [np.sqrt(shared(metrics, weights)) for _, metrics in parts]
     vectors = [
         torch.cat(
@@ -322,16 +328,10 @@ def models(tmp_path_factory):
     return found
 
 
-def config_for(models, metrics, weights=(1, 2, 0.5), **parameters):
-    return {
-        "merge_method": "karcher",
-        "models": [
-            {"model": model, "parameters": {"metric": metric, "weight": weight}}
-            for model, metric, weight in zip(models, metrics, weights, strict=False)
-        ],
-        "parameters": parameters,
-        "dtype": "float32",
-    }
+def metric_config(models, metrics, weights=(1, 2, 0.5), **settings):
+    """A config of the first models, as many as there are."""
+    count = len(models)
+    return config_for(models, weights[:count], metrics=metrics[:count], **settings)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
@@ -339,7 +339,7 @@ def config_for(models, metrics, weights=(1, 2, 0.5), **parameters):
 def test_a_real_merge(models, merge, granularity, around_base):
     paths, metrics, tensors = zip(*models, strict=True)
     count = 2 if around_base else 3
-    config = config_for(paths[:count], metrics, granularity=granularity)
+    config = metric_config(paths[:count], metrics, granularity=granularity)
     if around_base:
         config["base_model"] = paths[2]
         config["parameters"]["origin"] = "base"
@@ -358,7 +358,7 @@ def test_a_real_merge(models, merge, granularity, around_base):
 
 def test_a_real_merge_of_whole_models(models, merge):
     paths, metrics, tensors = zip(*models, strict=True)
-    found = merge(config_for(paths, metrics, granularity="model")).weights
+    found = merge(metric_config(paths, metrics, granularity="model")).weights
     inputs = [weights_of(path) for path in paths]
     weights = [1, 2, 0.5]
     roots = {
@@ -381,7 +381,7 @@ def test_whole_models_of_which_no_metric_sees_anything(models, merge, tmp_path, 
         folder.mkdir()
         save_file({n: 0 * t for n, t in metric.items()}, folder / "model.safetensors")
     zeros = [str(tmp_path / f"zero{index}") for index in range(3)]
-    found = merge(config_for(paths, zeros, granularity="model")).weights
+    found = merge(metric_config(paths, zeros, granularity="model")).weights
     assert "no input with a weight has any length; the weighted linear mean" in caplog.text
     name = "model.norm.weight"
     shares = np.array([1, 2, 0.5]) / 3.5
@@ -394,7 +394,7 @@ def test_whole_models_of_which_no_metric_sees_anything(models, merge, tmp_path, 
 def test_the_report_sees_the_metric(models, merge, tmp_path, monkeypatch, granularity, origin):
     paths, metrics, tensors = zip(*models, strict=True)
     count = 2 if origin == "base" else 3
-    config = config_for(paths[:count], metrics, granularity=granularity, origin=origin)
+    config = metric_config(paths[:count], metrics, granularity=granularity, origin=origin)
     if origin == "base":
         config["base_model"] = paths[2]
     file = tmp_path / "report.yml"
@@ -423,24 +423,24 @@ def test_the_report_sees_the_metric(models, merge, tmp_path, monkeypatch, granul
 
 def test_mistakes_while_planning(models, merge, tmp_path):
     paths, metrics, _ = zip(*models, strict=True)
-    one_without = config_for(paths, [*metrics[:2], ""])
+    one_without = metric_config(paths, [*metrics[:2], ""])
     outcome = merge(one_without, name="without")
     assert (outcome.exit_code, outcome.out.exists()) == (1, False)
     assert f"needs a metric for {paths[2]}" in outcome.output
     some = [[{"filter": "mlp", "value": metric}, {"value": ""}] for metric in metrics]
-    outcome = merge(config_for(paths, some, granularity="model"), name="some")
+    outcome = merge(metric_config(paths, some, granularity="model"), name="some")
     assert "some tensors have a metric and" in outcome.output
     # Tensor by tensor that is fine: those without have the plain mean.
-    found = merge(config_for(paths, some), name="fine").weights
-    plain = merge(config_for(paths, [""] * 3), name="plain").weights
+    found = merge(metric_config(paths, some), name="fine").weights
+    plain = merge(metric_config(paths, [""] * 3), name="plain").weights
     same = {name: torch.equal(found[name], plain[name]) for name in plain}
     assert all(is_same == ("mlp" not in name) for name, is_same in same.items())
 
 
 def test_what_takes_no_part_needs_no_metric(models, merge, tmp_path):
     paths, metrics, _ = zip(*models, strict=True)
-    without = config_for(paths, [*metrics[:2], ""], weights=(1, 2, 0))
-    expected = merge(config_for(paths[:2], metrics), name="two").weights
+    without = metric_config(paths, [*metrics[:2], ""], weights=(1, 2, 0))
+    expected = merge(metric_config(paths[:2], metrics), name="two").weights
     found = merge(without, name="three").weights
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     # Of a tensor that a model has not, its metric has none either.
@@ -449,7 +449,7 @@ def test_what_takes_no_part_needs_no_metric(models, merge, tmp_path):
         for kind in ("model", "metric"):
             own = {name: torch.rand(4, generator=generator) for name in names}
             save_file(own, tmp_path / f"{kind}{index}.safetensors")
-    config = config_for(
+    config = metric_config(
         [str(tmp_path / f"model{index}.safetensors") for index in range(2)],
         [str(tmp_path / f"metric{index}.safetensors") for index in range(2)],
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,27 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from processes import run
+from safetensors.torch import load_file, save_file
 
 import mergekit_karcher
 
 PACKAGE = Path(mergekit_karcher.__file__).parent
 WHICH = "print(get('karcher').spec.pretty_name or 'built-in')"
-
-
-def run(code, **environment):
-    """Standard output of a fresh interpreter."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "could not take its place" not in done.stderr
-    return done.stdout.strip()
 
 
 OURS = f"Karcher Mean (mergekit-karcher {mergekit_karcher.__version__})"
@@ -75,8 +60,8 @@ print([get(name).spec.name for name in ("karcher", "karcher_mean")])
 import mergekit.merge_methods.karcher as karcher, mergekit.merge_methods.registry as registry
 assert karcher.karcher_merge_method is registry.karcher_merge_method is get("karcher")
 import mergekit.plan
-print(hasattr(mergekit.plan.MergePlanner.plan_to_disk, "__wrapped__"))
-print(hasattr(mergekit.scripts.merge_raw_pytorch.plan_flat_merge, "__wrapped__"))
+print(hasattr(mergekit.plan.MergePlanner.plan_to_disk, "_mergekit_karcher_replaces"))
+print(hasattr(mergekit.scripts.merge_raw_pytorch.plan_flat_merge, "_mergekit_karcher_replaces"))
 """
 
 
@@ -133,6 +118,68 @@ assert sum(type(finder).__name__ == "_Finder" for finder in sys.meta_path) == 1
 print(registry.get("karcher").spec.pretty_name)
 """
     assert run(code) == OURS
+
+
+SOURCES = """
+import importlib.resources, importlib.util, torch
+for name in ("mergekit.plan", "mergekit.options", "mergekit.merge_methods.karcher"):
+    spec = importlib.util.find_spec(name)
+    assert "Copyright" in spec.loader.get_source(name)
+    assert spec.loader.get_code(name).co_filename == spec.origin
+    assert spec.loader.get_resource_reader("mergekit") is not None
+print("asked")
+"""
+
+
+def test_a_hooked_modules_loader_answers_whatever_it_is_asked():
+    assert run(SOURCES) == "asked"
+
+
+def test_a_hooked_command_run_as_a_module_merges_whole_models(tmp_path):
+    """`python -m` runs it under the name __main__, from the code that its loader gives."""
+    tensors = [{"v": torch.rand(3), "w": torch.rand(2, 4)} for _ in range(2)]
+    paths = [str(tmp_path / f"{index}.safetensors") for index in range(2)]
+    for path, state in zip(paths, tensors, strict=True):
+        save_file(state, path)
+    config = {
+        "merge_method": "karcher",
+        "models": [{"model": path} for path in paths],
+        "parameters": {"granularity": "model"},
+    }
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    module = "mergekit.scripts.merge_raw_pytorch"
+    code = (
+        "import runpy, sys, torch\n"
+        f"sys.argv = ['x', {str(tmp_path / 'c.yml')!r}, {str(tmp_path / 'out')!r}]\n"
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    run(code)
+    vectors = [torch.cat([state["v"], state["w"].flatten()]) for state in tensors]
+    expected, _ = mergekit_karcher.karcher_mean(vectors)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    found = torch.cat([merged["v"], merged["w"].flatten()])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+DECORATED = """
+import functools
+import mergekit.plan
+planner = mergekit.plan.MergePlanner
+theirs = planner.plan_to_disk
+@functools.wraps(theirs)
+def decorated(self, out_path):
+    return theirs(self, out_path)
+planner.plan_to_disk = decorated
+import mergekit_karcher
+from mergekit_karcher.host import compat
+mergekit_karcher.register()
+mergekit_karcher.register()
+print(planner.plan_to_disk is not decorated, compat.original(planner.plan_to_disk) is decorated)
+"""
+
+
+def test_a_decorator_of_others_is_not_taken_for_ours():
+    assert run(DECORATED, TORCH_DEVICE_BACKEND_AUTOLOAD="0") == "True True"
 
 
 def test_importing_us_alone_imports_neither_torch_nor_mergekit():
@@ -207,7 +254,7 @@ def test_installed_commands_check_names_and_sum_up(name, three_models, tmp_path)
 def test_a_planner_imported_before_torch_is_watched_too():
     code = """
 import mergekit.plan, mergekit.merge
-print(hasattr(mergekit.plan.MergePlanner.plan_to_disk, "__wrapped__"))
+print(hasattr(mergekit.plan.MergePlanner.plan_to_disk, "_mergekit_karcher_replaces"))
 """
     assert run(code) == "True"
 
@@ -258,11 +305,12 @@ except mergekit_karcher.KarcherError as error: print(error)
 
 
 BREAK = """
-import torch
-from mergekit_karcher.host import methods as method
-def build(name):
-    raise ImportError("cannot import name 'ParameterSpec'")
-method.build_method = build
+import sys
+class Moved:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mergekit_karcher.host.methods":
+            raise ImportError("cannot import name 'ParameterSpec'")
+sys.meta_path.insert(0, Moved())
 """
 
 

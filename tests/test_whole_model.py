@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from configs import config_for
 from conftest import llama, weights_of
 from inputs import ambient_mean
 from mergekit import graph
 from mergekit.io.tasks import LoadTensor
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.scripts.merge_raw_pytorch import SimpleLoadTensor
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_merges import assert_stopped
 from transformers import AutoModelForCausalLM
 
@@ -24,20 +25,6 @@ def exact_models(tmp_path_factory):
     """Three float32 models and a fourth, their base."""
     folder = tmp_path_factory.mktemp("exact")
     return [llama(folder / name, seed, dtype=torch.float32) for seed, name in enumerate("abcd")]
-
-
-def config_for(models, weights=None, base=None, **parameters):
-    weights = weights or [1] * len(models)
-    config = {
-        "merge_method": "karcher",
-        "models": [
-            {"model": model, "parameters": {"weight": weight}}
-            for model, weight in zip(models, weights, strict=True)
-        ],
-        "parameters": parameters,
-        "dtype": "float32",
-    }
-    return config | ({"base_model": base} if base else {})
 
 
 def flat(model, names):
@@ -73,19 +60,13 @@ def test_a_model_of_weight_zero_takes_no_part(exact_models, merge, tmp_path):
         tensors = {
             name: torch.full_like(tensor, torch.nan)
             for name, tensor in weights_of(broken).items()
-            if name in weights_of_file(path)
+            if name in load_file(path)
         }
         save_file(tensors, path, metadata={"format": "pt"})
     models = [exact_models[0], str(broken), exact_models[1]]
     outcome = merge(config_for(models, [1, 0, 3], granularity="model"))
     inputs = [weights_of(exact_models[0]), weights_of(exact_models[1])]
     assert_whole_mean(outcome.weights, inputs, [1, 3])
-
-
-def weights_of_file(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 @pytest.mark.parametrize("origin", ["zero", "base"])
@@ -320,4 +301,4 @@ def test_the_multi_gpu_executor_takes_the_plan(exact_models, merge, executors, m
     multi = MultiGPUExecutor([handle.task() for handle in executor.targets], num_gpus=2)
     planned = {str(handle) for tasks in multi.gpu_assignments.values() for handle in tasks}
     assert any("ModelMean" in name for name in planned)
-    assert any("CombineWithMean" in name for name in planned)
+    assert any("MergeTensor" in name for name in planned)

@@ -60,7 +60,8 @@ def register_methods(registry: Any) -> None:
         _refuse_by_name(registry)
         return
     for name in _NAMES:
-        if name == "karcher" or table.get(name) is None or table.get(name) is _methods.get(name):
+        present = table.get(name)
+        if name == "karcher" or present is None or _is_ours(present):
             table[name] = _method(name)
     if hasattr(registry, "karcher_merge_method"):
         registry.karcher_merge_method = _method("karcher")
@@ -112,6 +113,10 @@ def _patch(module: ModuleType, patch: Any) -> None:
         register_methods(registry)
 
 
+def _is_ours(method: Any) -> bool:
+    return type(method).__module__.startswith("mergekit_karcher.")
+
+
 def _method(name: str) -> Any:
     """Our method of that name, or the refusal that stands for it."""
     if name not in _methods:
@@ -132,7 +137,8 @@ def _build(name: str) -> Any:
 
 def _supported() -> str:
     """The range of versions as people write it, the lower end first."""
-    return ", ".join(sorted((str(part) for part in compat.SUPPORTED), key=lambda p: p[0] == "<"))
+    ends = sorted(compat.SUPPORTED, key=lambda end: end.operator.startswith("<"))
+    return ", ".join(f"{end.operator} {end.version}" for end in ends)
 
 
 def _refuse_all(reason: str) -> None:
