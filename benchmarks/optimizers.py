@@ -39,8 +39,8 @@ from torch import nn
 from tqdm import tqdm
 
 from mergekit_karcher import fisher_mean, karcher_mean
-from mergekit_karcher.metrics.adam import Moments
 from mergekit_karcher.metrics.diagonal import Batch, DiagonalFisher
+from mergekit_karcher.metrics.moments import Moments
 
 _HERE = Path(__file__).resolve().parent
 

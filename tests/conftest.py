@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import yaml
 from click.testing import CliRunner
 from mergekit.scripts import merge_raw_pytorch, multimerge, run_yaml
 from safetensors import safe_open
+from small_models import WORDS, small_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mergekit_karcher.cli.main import main
 
 COMMANDS = {
     "mergekit-yaml": run_yaml.main,
@@ -100,3 +104,38 @@ def merge(tmp_path):
 
     yield run
     logging.getLogger().handlers.clear()  # mergekit's logging keeps the runner's closed streams
+
+
+@pytest.fixture
+def run_fisher(tmp_path, monkeypatch):
+    """Run `mergekit-karcher fisher` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        result = CliRunner().invoke(main, ["fisher", *map(str, arguments)])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return run
+
+
+@pytest.fixture
+def text_model(tmp_path):
+    """A language model in shards, beside text.txt."""
+    (tmp_path / "text.txt").write_text(WORDS)
+    return llama(tmp_path / "model", 0, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def classifier(tmp_path, text_model):
+    """A classifier of three named classes, with the tokenizer of the language model."""
+    folder = tmp_path / "classifier"
+    shutil.copytree(text_model, folder)
+    for path in folder.glob("*model*"):
+        path.unlink()
+    network = small_model("bert classifier")
+    network.config.id2label = {0: "no", 1: "maybe", 2: "yes"}
+    network.config.label2id = {"no": 0, "maybe": 1, "yes": 2}
+    network.save_pretrained(folder)
+    return "classifier"

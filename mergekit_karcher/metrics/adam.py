@@ -1,67 +1,57 @@
 """The metric that an Adam optimizer has kept: G = sqrt(v_hat) + eps, parameter by parameter.
 
-v is its running mean of squared gradients (`exp_avg_sq`), v_hat = v / (1 - beta2^step) what it is
-without the bias of its start at zero (Kingma & Ba 2015, algorithm 1). The gradients are those of
-batches as they were trained on, so v is no Fisher information; G is what the step divided by.
+v is Adam's running mean of squared gradients (`exp_avg_sq`), v_hat is v without the bias of its
+start at zero. The gradients are those of training batches, so v is no Fisher information; G is what
+Adam divided its steps by.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from mergekit_karcher.errors import KarcherError, first_line
+from mergekit_karcher.metrics.moments import Moments
 
 _FILES = ("optimizer.pt", "optimizer.bin")
-_DISTRIBUTED = ("", "optimizer_0", "optimizer")
+# Where torch.distributed puts an optimizer, and the file by which its folders are known.
+_DISTRIBUTED, _DISTRIBUTED_METADATA = ("", "optimizer_0", "optimizer"), ".metadata"
 
 # What wrappers of modules put between the parts of a name.
 _WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_MOMENT = re.compile(r"(?:.*?\.)?state\.(.+)\.exp_avg_sq")
-
-
-class Moments(NamedTuple):
-    """What Adam knows of one parameter: v, of its shape, and what corrects and bounds it."""
-
-    squares: torch.Tensor
-    step: float
-    beta2: float
-    eps: float
-
-    def metric(self) -> torch.Tensor:
-        """G, as a new float32 tensor."""
-        if self.beta2 > 0 and self.step > 0:
-            seen = -math.expm1(self.step * math.log(self.beta2))
-        else:
-            seen = 1.0
-        unbiased = self.squares.double() / seen
-        return unbiased.sqrt_().add_(self.eps).float()
 
 
 def adam_metric(checkpoint: Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    """G of every parameter, in float32, zero for one that the optimizer never moved.
+    """Read G of every parameter from a checkpoint that holds Adam's or AdamW's state.
 
-    checkpoint: a folder of the Hugging Face Trainer, its optimizer.pt, or a distributed checkpoint
-    of torch with names. model: of the class that was trained, on any device, meta too.
-    Raises `KarcherError` unless every moment has a name, or the shapes of all of them fit one order
-    of the parameters that the Trainer or a plain optimizer would have given them, and one only.
+    Arguments:
+        checkpoint: A folder of the Hugging Face Trainer, its optimizer.pt, or a distributed
+            checkpoint of torch that names its parameters.
+        model: Of the class that was trained, on any device, the meta device too.
+
+    Returns:
+        A new float32 tensor on the CPU for each parameter, by its name in the model: G, or zeros
+        for a parameter that the optimizer never moved.
+
+    Raises:
+        KarcherError: If there is no state of Adam, if it holds more than tensors and numbers, or if
+            it does not fit the model. A state that numbers its parameters must fit exactly one of
+            the orders in which the Trainer or a plain optimizer would have numbered them.
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    found = dict(_named(checkpoint, model, shapes))
-    if not found:
+    moments = dict(_named_moments(checkpoint, model, shapes))
+    if not moments:
         raise KarcherError(
             f"{checkpoint} has no moments of any parameter: it was saved before the first step, or "
             "is not Adam's."
         )
-    for name, moments in found.items():
+    for name, entry in moments.items():
         if name not in shapes:
             hint = (
                 "it was saved without names; save it by torch's get_optimizer_state_dict"
@@ -69,39 +59,41 @@ def adam_metric(checkpoint: Path, model: nn.Module) -> dict[str, torch.Tensor]:
                 else "name the model that was trained"
             )
             raise KarcherError(
-                f"{checkpoint} has moments of {name}, which the model has not: {hint}."
+                f"{checkpoint} has moments of {name}, which is no parameter of the model: {hint}."
             )
-        if moments.squares.shape != shapes[name]:
+        if entry.squares.shape != shapes[name]:
             raise KarcherError(
-                f"The moments of {name} in {checkpoint} have shape {tuple(moments.squares.shape)}, "
+                f"The moments of {name} in {checkpoint} have shape {tuple(entry.squares.shape)}, "
                 f"but the model's parameter {tuple(shapes[name])}: name the model that was "
                 "trained, and save the optimizer's state unsharded or with names."
             )
     return {
-        name: found[name].metric() if name in found else torch.zeros(shape)
+        name: moments[name].metric() if name in moments else torch.zeros(shape)
         for name, shape in shapes.items()
     }
 
 
-def _named(
+def _named_moments(
     checkpoint: Path, model: nn.Module, shapes: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, Moments]]:
-    folders = [checkpoint / name for name in _DISTRIBUTED]
-    file = next((p for name in _FILES if (p := checkpoint / name).is_file()), None)
-    if checkpoint.is_file():
-        file = checkpoint
-    folder = next((folder for folder in folders if (folder / ".metadata").is_file()), None)
+    files = [checkpoint, *(checkpoint / name for name in _FILES)]
+    file = next((path for path in files if path.is_file()), None)
     if file is not None:
-        yield from _of_state(_loaded(file), file, model, shapes)
-    elif folder is not None:
-        yield from _distributed(folder)
-    else:
-        deepspeed = next(checkpoint.glob("global_step*"), None) if checkpoint.is_dir() else None
-        hint = " (what DeepSpeed saves is not read)" if deepspeed is not None else ""
+        yield from _moments_of_state(_loaded(file), file, model, shapes)
+        return
+    folders = (checkpoint / name for name in _DISTRIBUTED)
+    folder = next((path for path in folders if (path / _DISTRIBUTED_METADATA).is_file()), None)
+    if folder is None:
+        deepspeed = checkpoint.is_dir() and any(checkpoint.glob("global_step*"))
+        hint = " (what DeepSpeed saves is not read)" if deepspeed else ""
         raise KarcherError(
             f"{checkpoint} holds no optimizer state{hint}: give a checkpoint folder of the "
             "Hugging Face Trainer with its optimizer.pt, or a distributed checkpoint of torch."
         )
+    from mergekit_karcher.metrics.distributed import distributed_moments
+
+    for name, entry in distributed_moments(folder):
+        yield _WRAPPERS.sub("", name), entry
 
 
 def _loaded(file: Path) -> Mapping[str, Any]:
@@ -119,55 +111,61 @@ def _loaded(file: Path) -> Mapping[str, Any]:
     return state
 
 
-def _of_state(
+def _moments_of_state(
     state: Mapping[str, Any], file: Path, model: nn.Module, shapes: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, Moments]]:
     groups = [group for group in state["param_groups"] if group["params"]]
-    keys = [key for group in groups for key in group["params"]]
-    for key, entry in state["state"].items():
+    entries = state["state"]
+    for key, entry in entries.items():
         if "exp_avg_sq" not in entry:
             raise KarcherError(
                 f"{file} has {', '.join(sorted(map(str, entry)))} for {key}, but no exp_avg_sq: "
                 "only Adam and AdamW of 32 or 16 bits keep the second moments that are needed; "
                 "make a metric from data."
             )
-    given = [name for group in groups for name in group.get("param_names", ())]
-    if len(given) == len(keys) or all(isinstance(key, str) for key in keys):
-        named = zip(keys, given if len(given) == len(keys) else keys, strict=True)
-        names = {key: _WRAPPERS.sub("", name) for key, name in named}
-    else:
-        seen = {key: entry["exp_avg_sq"].shape for key, entry in state["state"].items()}
-        names = _proven_names([group["params"] for group in groups], seen, file, model, shapes)
+    names = _given_names(groups)
+    if names is None:
+        moved = {key: entry["exp_avg_sq"].shape for key, entry in entries.items()}
+        names = _proven_names([group["params"] for group in groups], moved, file, model, shapes)
     for group in groups:
         for key in group["params"]:
-            if key in state["state"]:
-                entry = state["state"][key]
-                yield (
-                    names[key],
-                    Moments(
-                        entry["exp_avg_sq"], float(entry["step"]), group["betas"][1], group["eps"]
-                    ),
-                )
+            if key in entries:
+                squares, step = entries[key]["exp_avg_sq"], float(entries[key]["step"])
+                yield names[key], Moments(squares, step, group["betas"][1], group["eps"])
+
+
+def _given_names(groups: Sequence[Mapping[str, Any]]) -> dict[Any, str] | None:
+    """The name of each key of a state, where it has been saved with names."""
+    keys = [key for group in groups for key in group["params"]]
+    names = [name for group in groups for name in group.get("param_names", ())]
+    if len(names) != len(keys):
+        if not all(isinstance(key, str) for key in keys):
+            return None
+        names = keys
+    return {key: _WRAPPERS.sub("", name) for key, name in zip(keys, names, strict=True)}
 
 
 def _proven_names(
     groups: Sequence[Sequence[int]],
-    seen: Mapping[int, torch.Size],
+    moved: Mapping[int, torch.Size],
     file: Path,
     model: nn.Module,
     shapes: Mapping[str, torch.Size],
 ) -> dict[int, str]:
-    """The name of each number, if one way of grouping the parameters fits, and one only."""
+    """The name of each number, if one way of grouping the parameters fits, and one only.
+
+    moved: the shape of each parameter that has moments.
+    """
     fitting: list[dict[int, str]] = []
-    for grouped in _groupings(model):
-        if [len(names) for names in grouped] != [len(keys) for keys in groups]:
+    for grouping in _groupings(model):
+        if [len(names) for names in grouping] != [len(keys) for keys in groups]:
             continue
         pairs = [
             pair
-            for keys, names in zip(groups, grouped, strict=True)
+            for keys, names in zip(groups, grouping, strict=True)
             for pair in zip(keys, names, strict=True)
         ]
-        fits = all(key not in seen or seen[key] == shapes[name] for key, name in pairs)
+        fits = all(key not in moved or moved[key] == shapes[name] for key, name in pairs)
         if fits and dict(pairs) not in fitting:
             fitting.append(dict(pairs))
     if len(fitting) != 1:
@@ -187,55 +185,9 @@ def _groupings(model: nn.Module) -> Iterator[list[list[str]]]:
     from transformers.trainer_pt_utils import get_parameter_names
 
     names = [name for name, _ in model.named_parameters()]
-    present = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
-    outside: list[str] = get_parameter_names(model, [nn.LayerNorm])  # type: ignore[no-untyped-call]
-    earlier = {name for name in outside if "bias" not in name}
-    for decayed in (present, earlier, set(names)):
+    decayed_now = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
+    no_norms: list[str] = get_parameter_names(model, [nn.LayerNorm])  # type: ignore[no-untyped-call]
+    decayed_before = {name for name in no_norms if "bias" not in name}
+    for decayed in (decayed_now, decayed_before, set(names)):
         parts = ([n for n in names if n in decayed], [n for n in names if n not in decayed])
         yield [part for part in parts if part]
-
-
-def _distributed(folder: Path) -> Iterator[tuple[str, Moments]]:
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    entries = FileSystemReader(folder).read_metadata().state_dict_metadata
-
-    def read(keys: Sequence[str]) -> dict[str, Any]:
-        wanted: dict[str, Any] = {
-            key: torch.empty(entry.size, dtype=entry.properties.dtype)
-            if isinstance(entry := entries[key], TensorStorageMetadata)
-            else None
-            for key in keys
-        }
-        with warnings.catch_warnings():
-            # About the process group that one process has not.
-            warnings.simplefilter("ignore")
-            load(wanted, checkpoint_id=folder, no_dist=True)
-        return wanted
-
-    moments = {key: match[1] for key in entries if (match := _MOMENT.fullmatch(key))}
-    if not moments:
-        raise KarcherError(
-            f"{folder} has no exp_avg_sq of a named parameter: only checkpoints of Adam and AdamW "
-            "keep the second moments that are needed."
-        )
-    settings = [key for key in entries if re.search(r"param_groups\..*\.(betas|eps)$", key)]
-    values = read(settings)
-    beta2 = {value[1] for key, value in values.items() if key.endswith(".betas")}
-    eps = {value for key, value in values.items() if key.endswith(".eps")}
-    if len(beta2) != 1 or len(eps) != 1:
-        raise KarcherError(
-            f"{folder} says {len(beta2)} values of beta2 and {len(eps)} of eps: one of each is "
-            "needed; save the optimizer's param_groups with its state."
-        )
-    for key, name in moments.items():
-        step = key.removesuffix("exp_avg_sq") + "step"
-        if step not in entries:
-            raise KarcherError(f"{folder} does not say the step of {name}.")
-        own = read([key, step])
-        yield (
-            _WRAPPERS.sub("", name),
-            Moments(own[key], float(own[step]), float(*beta2), float(*eps)),
-        )

@@ -18,7 +18,7 @@ _RECORDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 
 
 class Example(NamedTuple):
-    """Tokens, and for a classifier the class."""
+    """ids: the tokens of one example. label: its class, for a classifier."""
 
     ids: list[int]
     label: int | None
@@ -27,9 +27,10 @@ class Example(NamedTuple):
 class Source(NamedTuple):
     """Where examples come from.
 
-    data: a file of records (.jsonl, .json, .csv, .parquet); any other file, a text which is cut
-        into windows of length tokens; or a dataset, a folder or of the Hub. subset, split: of it.
-    text: the columns of a record that are its text, one or a pair; a conversation (a list of
+    data: a file of records (.jsonl, .json, .csv, .parquet); any other file, which is a text and is
+        cut into windows of length tokens; or a dataset, in a folder or on the Hub.
+    subset, split: which configuration and which part of a dataset.
+    text: the columns of a record that hold its text, one or a pair. A conversation (a list of
         messages) goes through the tokenizer's chat template. label: the column of its class.
     length: tokens of an example at most. most: examples at most, drawn at random with seed.
     """
@@ -45,12 +46,22 @@ class Source(NamedTuple):
 
 
 def read_examples(
-    source: Source, tokenizer: Any, classes: Mapping[str, int] | None
+    source: Source, tokenizer: Any, classes: Mapping[str, int] | None, *, quiet: bool = False
 ) -> list[Example]:
-    """The examples of a source, the shortest first; records without text are left out.
+    """Read, choose and tokenize the examples of a source.
 
-    classes: of a classifier, by name; None for a language model. Raises `KarcherError` for what
-    cannot be read.
+    Arguments:
+        source: Where they come from.
+        tokenizer: The model's, one of transformers'.
+        classes: The number of each class of a classifier, by name; None for a language model.
+        quiet: Show no progress bars.
+
+    Returns:
+        The examples, the shortest first; records without text are left out.
+
+    Raises:
+        KarcherError: If the source cannot be read, has no such column or class, or holds no
+            example; or if it is more than a plain text and the package datasets is missing.
     """
     path = Path(source.data)
     if path.suffix in (*_TEXTS, *_RECORDS) and not path.is_file():
@@ -63,27 +74,36 @@ def read_examples(
             )
         examples = _windows(source, tokenizer)
     else:
-        examples = _records(source, tokenizer, classes)
+        examples = _records(source, tokenizer, classes, quiet)
     if not examples:
         raise KarcherError(f"{source.data} holds no example: each needs at least two tokens.")
     return sorted(examples, key=lambda example: len(example.ids))
 
 
 def batches(examples: Sequence[Example], size: int) -> Iterator[Batch]:
-    """Sorted examples in batches of one length, so that none needs padding."""
+    """Put examples into batches whose examples have one length, so that none needs padding.
+
+    Arguments:
+        examples: Sorted by length.
+        size: How many a batch holds at most.
+
+    Yields:
+        All of them in their order, in new tensors on the CPU.
+    """
     start = 0
     while start < len(examples):
         length = len(examples[start].ids)
-        some = [own for own in examples[start : start + size] if len(own.ids) == length]
-        labels = [own.label for own in some if own.label is not None]
+        alike = [e for e in examples[start : start + size] if len(e.ids) == length]
+        labels = [example.label for example in alike if example.label is not None]
         yield Batch(
-            torch.tensor([own.ids for own in some]), torch.tensor(labels) if labels else None
+            torch.tensor([example.ids for example in alike]),
+            torch.tensor(labels) if labels else None,
         )
-        start += len(some)
+        start += len(alike)
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """What tells one list of examples from another."""
+    """The SHA-256 of all tokens and classes, in hex: what tells one list from another."""
     return hashlib.sha256(repr([tuple(example) for example in examples]).encode()).hexdigest()
 
 
@@ -108,23 +128,10 @@ def _windows(source: Source, tokenizer: Any) -> list[Example]:
     ]
 
 
-def _records(source: Source, tokenizer: Any, classes: Mapping[str, int] | None) -> list[Example]:
-    import datasets
-
-    kind = _RECORDS.get(Path(source.data).suffix)
-    # What it logs comes back as an error.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        if kind is not None:
-            rows = datasets.load_dataset(kind, data_files=source.data, split="train")
-        else:
-            rows = datasets.load_dataset(source.data, source.subset, split=source.split)
-    except Exception as error:
-        # What went wrong is often only said by the error behind it.
-        raise KarcherError(
-            f"{source.data} cannot be read ({first_line(error.__cause__ or error)}): give a text, "
-            "a file of records (.jsonl, .json, .csv, .parquet), or a dataset."
-        ) from None
+def _records(
+    source: Source, tokenizer: Any, classes: Mapping[str, int] | None, quiet: bool
+) -> list[Example]:
+    rows = _rows(source, quiet)
     for column in [*source.text, *([] if classes is None else [source.label])]:
         if column not in rows.column_names:
             raise KarcherError(
@@ -134,13 +141,40 @@ def _records(source: Source, tokenizer: Any, classes: Mapping[str, int] | None) 
     names = getattr(rows.features.get(source.label), "names", None)
     if classes is not None and names is not None:
         _check_classes(names, classes, source)
-    found = []
+    examples = []
     for row in rows.select(_chosen(source, len(rows))):
         ids = _tokens([row[column] for column in source.text], tokenizer, source)
         label = None if classes is None else _class(row[source.label], names, classes, source)
         if len(ids) > 1:
-            found.append(Example(ids, label))
-    return found
+            examples.append(Example(ids, label))
+    return examples
+
+
+def _rows(source: Source, quiet: bool) -> Any:
+    """A dataset of the package datasets, which only this needs."""
+    try:
+        import datasets
+    except ImportError:
+        raise KarcherError(
+            f"Reading {source.data} needs the package datasets: pip install "
+            "'mergekit-karcher[fisher]', or give a plain text."
+        ) from None
+
+    # What it logs comes back as an error.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if quiet:
+        datasets.disable_progress_bars()
+    kind = _RECORDS.get(Path(source.data).suffix)
+    try:
+        if kind is not None:
+            return datasets.load_dataset(kind, data_files=source.data, split="train")
+        return datasets.load_dataset(source.data, source.subset, split=source.split)
+    except Exception as error:
+        # What went wrong is often only said by the error behind it.
+        raise KarcherError(
+            f"{source.data} cannot be read ({first_line(error.__cause__ or error)}): give a text, "
+            "a file of records (.jsonl, .json, .csv, .parquet), or a dataset."
+        ) from None
 
 
 def _tokens(parts: Sequence[Any], tokenizer: Any, source: Source) -> list[int]:
@@ -165,9 +199,9 @@ def _tokens(parts: Sequence[Any], tokenizer: Any, source: Source) -> list[int]:
 
 
 def _check_classes(names: Sequence[str], classes: Mapping[str, int], source: Source) -> None:
-    """Raise if a dataset names its classes, and neither by the model's names nor as numbers."""
-    own = {name.lower() for name in classes}
-    if not own >= {name.lower() for name in names} and not _is_unnamed(classes):
+    """Raise if a dataset and a model both name their classes, but differently."""
+    known = {name.lower() for name in classes}
+    if not known >= {name.lower() for name in names} and not _is_unnamed(classes):
         raise KarcherError(
             f"{source.data} has the classes {', '.join(names)} ({source.label}), but the model "
             f"{', '.join(classes)}: name the column of the model's classes by --label."

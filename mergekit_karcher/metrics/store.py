@@ -1,148 +1,120 @@
-"""Metrics on disk, named like the tensors of the checkpoint that they are of."""
+"""Metrics on disk, whose tensors have the names that the model's checkpoint gives them."""
 
 from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
-from os import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import nn
 
 from mergekit_karcher import __version__
-from mergekit_karcher.errors import KarcherError, first_line
+from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.files import replacing, write_text
+from mergekit_karcher.host.checkpoints import open_checkpoint
 
 _LOG = logging.getLogger(__name__)
 
 _SCHEMA = "mergekit-karcher/metric/1"
-WRITING = "writing"
-_CONTIGUOUS = torch.contiguous_format
-
-
-def load_model(reference: str, *, empty: bool = False) -> nn.Module:
-    """A Hugging Face model of the class that its config names, in float32 and evaluation mode.
-
-    empty: without its weights, on the meta device. Raises `KarcherError` for one that is not whole.
-    """
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(reference)
-    except Exception as error:
-        raise KarcherError(
-            f"{reference} is no model that transformers reads ({first_line(error)})."
-        ) from None
-    architecture = next(iter(config.architectures or ()), None)
-    kind = getattr(transformers, architecture or "", None)
-    if kind is None:
-        raise KarcherError(
-            f"The config of {reference} asks for {architecture}, which this transformers has not: "
-            "name a model of a class that it knows."
-        )
-    place = {"device_map": "meta"} if empty else {}
-    # Attention is written out, so that torch.func can take it a batch at a time.
-    try:
-        model, seen = kind.from_pretrained(
-            reference,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **place,
-        )
-    except Exception as error:
-        raise KarcherError(f"{reference} cannot be loaded ({first_line(error)}).") from None
-    wrong = sorted(str(own[0]) for own in seen["mismatched_keys"])
-    if wrong:
-        raise KarcherError(
-            f"{wrong[0]} of {reference} has not the shape that its config says: name a model whose "
-            "config and weights belong together."
-        )
-    missing = sorted(seen["missing_keys"])
-    if missing and not empty:
-        raise KarcherError(
-            f"{reference} lacks {missing[0]} of a {architecture}: it would be made up at random; "
-            "name a model that has all of its weights."
-        )
-    whole: nn.Module = model.eval()
-    return whole
+_WEIGHTS_FILE, _INDEX_FILE = "model{suffix}.safetensors", "model.safetensors.index.json"
 
 
 def check_names(reference: str, model: nn.Module) -> None:
-    """Raise now if a metric by the model's parameters could not be named like its checkpoint."""
+    """Refuse a model whose metric could not be written, before the metric is made.
+
+    Arguments:
+        reference: The checkpoint, a folder or a Hub id.
+        model: As `load_model` returns it.
+
+    Raises:
+        KarcherError: If the checkpoint has no tensor for one of the model's parameters.
+    """
     empty = {name: p.detach().to("meta") for name, p in model.named_parameters()}
     _as_in_checkpoint(reference, model, empty)
 
 
 def write_metric(
-    folder: Path, reference: str, model: nn.Module, metric: dict[str, torch.Tensor], about: Any
+    folder: Path,
+    reference: str,
+    model: nn.Module,
+    metric: Mapping[str, torch.Tensor],
+    about: Mapping[str, Any],
 ) -> None:
-    """Write a metric, by parameter, as safetensors named like the model's checkpoint.
+    """Write a metric as safetensors with the names and shapes of the model's checkpoint.
 
-    model: as loaded from it, which knows how transformers renamed and stacked its tensors; any
-    weights. Tensors of the checkpoint that are no parameters get zeros. about: what metric.json
-    says of it.
+    Arguments:
+        folder: Made if it is not there. Each file is whole or not there, and metric.json comes
+            last: a folder that has it is a whole metric.
+        reference: The checkpoint, a folder or a Hub id. Those of its tensors that are no parameters
+            get zeros.
+        model: As `load_model` returns it, with or without weights: it knows how transformers has
+            renamed and stacked the tensors of the checkpoint.
+        metric: A float32 tensor on the CPU for each parameter of the model, by name. Borrowed.
+        about: What metric.json says of the metric.
+
+    Raises:
+        KarcherError: If the checkpoint has no tensor for one of the model's parameters.
+        OSError: If the disk is full, or the place cannot be written to.
     """
-    from huggingface_hub import save_torch_state_dict
-
     tensors = _as_in_checkpoint(reference, model, metric)
-    # Under a folder of its own first: what is cut off there is no metric.
-    writing = folder / WRITING
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    save_torch_state_dict(tensors, writing)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = split_torch_state_dict_into_shards(tensors, filename_pattern=_WEIGHTS_FILE)
+    for filename, names in shards.filename_to_tensors.items():
+        with replacing(folder / filename) as partial:
+            save_file({name: tensors[name] for name in names}, partial, {"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        write_text(folder / _INDEX_FILE, json.dumps(index, indent=2))
     about = {"schema": _SCHEMA, "version": __version__, "model": reference, **about}
-    (writing / "metric.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    for path in sorted(writing.iterdir(), key=lambda path: path.suffix == ".json"):
-        replace(path, folder / path.name)
-    writing.rmdir()
+    write_text(folder / "metric.json", json.dumps(about, indent=1) + "\n")
 
 
 def _as_in_checkpoint(
     reference: str, model: nn.Module, metric: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    from mergekit.common import ModelReference
+    """A metric by the names of the checkpoint, each tensor contiguous and in memory of its own."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    tensors = revert_weight_conversion(model, dict(metric))  # type: ignore[arg-type]
-    loader = ModelReference.parse(reference).lazy_loader()
-    own = set(loader.index.tensor_paths)
+    checkpoint = open_checkpoint(reference)
+    stored = set(checkpoint.index.tensor_paths)
     tied = _tied_names(model)
-    renamed = {}
-    for name, tensor in tensors.items():
-        there = next((n for n in _other_names(name, model, tied) if n in own), None)
-        if there is None:
+    tensors = {}
+    for name, tensor in revert_weight_conversion(model, dict(metric)).items():  # type: ignore[arg-type]
+        stored_name = next(
+            (n for n in _names_in_checkpoint(name, model, tied) if n in stored), None
+        )
+        if stored_name is None:
             raise KarcherError(
                 f"{reference} has no {name}, which transformers calls a parameter of it: save the "
                 "model anew by transformers first."
             )
-        renamed[there] = tensor
-    tensors = renamed
-    doubles = {n for name in tied for n in _other_names(name, model, tied)}
-    rest = sorted(own - set(tensors) - doubles)
-    unknown = []
-    for name in rest:
-        tensor = loader.get_tensor(name)
-        if tensor.is_floating_point():
-            tensors[name] = torch.zeros(tensor.shape)
-            unknown.append(name)
-    if unknown:
+        tensors[stored_name] = tensor
+    copies = {n for name in tied for n in _names_in_checkpoint(name, model, tied)}
+    others = {
+        name: torch.zeros(tensor.shape)
+        for name in sorted(stored - set(tensors) - copies)
+        if (tensor := checkpoint.loader.get_tensor(name)).is_floating_point()
+    }
+    if others:
         _LOG.warning(
             "%d tensors of %s are no parameters of the model (%s is the first): their metric is "
             "zero.",
-            len(unknown),
+            len(others),
             reference,
-            unknown[0],
+            next(iter(others)),
         )
     given = {id(tensor) for tensor in metric.values()}
-    # Safetensors wants each in a memory of its own; what was stacked comes back as views.
+    # What was stacked comes back as views of one memory, which safetensors does not write.
     return {
-        name: tensor if id(tensor) in given else tensor.clone(memory_format=_CONTIGUOUS)
-        for name, tensor in tensors.items()
+        name: tensor.contiguous()
+        if id(tensor) in given
+        else tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in {**tensors, **others}.items()
     }
 
 
@@ -154,7 +126,7 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {name: names for names in by_parameter.values() if len(names) > 1 for name in names}
 
 
-def _other_names(name: str, model: nn.Module, tied: Mapping[str, list[str]]) -> list[str]:
+def _names_in_checkpoint(name: str, model: nn.Module, tied: Mapping[str, list[str]]) -> list[str]:
     """What a checkpoint may call a parameter: it may leave out, or add, the name of the trunk."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = [name, *tied.get(name, ())]

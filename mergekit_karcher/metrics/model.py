@@ -1,0 +1,116 @@
+"""The model that a metric is made of: loaded, told what it classifies, and told from others."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from mergekit_karcher.errors import KarcherError, first_line
+
+
+def load_model(reference: str, *, empty: bool = False) -> nn.Module:
+    """Load a Hugging Face model of the class that its config names.
+
+    Arguments:
+        reference: A folder or a Hub id.
+        empty: Load no weights, and put the parameters on the meta device.
+
+    Returns:
+        The model, in float32 and evaluation mode, on the CPU unless it is empty.
+
+    Raises:
+        KarcherError: If it cannot be loaded, if its weights have other shapes than its config says,
+            or if some are missing and it is not to be empty.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(reference)
+    except Exception as error:
+        raise KarcherError(
+            f"{reference} is no model that transformers reads ({first_line(error)})."
+        ) from None
+    architecture = next(iter(config.architectures or ()), None)
+    model_class = getattr(transformers, architecture or "", None)
+    if model_class is None:
+        raise KarcherError(
+            f"The config of {reference} asks for {architecture}, which this transformers does not "
+            "have: name a model of a class that it knows."
+        )
+    place = {"device_map": "meta"} if empty else {}
+    try:
+        model, loading = model_class.from_pretrained(
+            reference,
+            dtype=torch.float32,
+            # Attention in plain operations, which torch.func can take a batch at a time.
+            attn_implementation="eager",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **place,
+        )
+    except Exception as error:
+        raise KarcherError(f"{reference} cannot be loaded ({first_line(error)}).") from None
+    _check_loading(reference, model_class.__name__, loading, empty)
+    evaluated: nn.Module = model.eval()
+    return evaluated
+
+
+def _check_loading(reference: str, architecture: str, loading: Any, empty: bool) -> None:
+    mismatched = sorted(str(mismatch[0]) for mismatch in loading["mismatched_keys"])
+    if mismatched:
+        raise KarcherError(
+            f"{mismatched[0]} of {reference} has not the shape that its config says: name a model "
+            "whose config and weights belong together."
+        )
+    missing = sorted(loading["missing_keys"])
+    if missing and not empty:
+        raise KarcherError(
+            f"{reference} lacks {missing[0]} of a {architecture}: it would be made up at random; "
+            "name a model that has all of its weights."
+        )
+
+
+def classes_of(model: nn.Module, reference: str) -> dict[str, int] | None:
+    """Find out what a model predicts.
+
+    Arguments:
+        model: As `load_model` returns it.
+        reference: What it is called, for messages.
+
+    Returns:
+        The number of each class of a classifier, by name; None for a causal language model.
+
+    Raises:
+        KarcherError: If it is neither, or does not choose one of several classes.
+    """
+    config: Any = model.config
+    kind = type(model).__name__
+    if kind.endswith(("ForCausalLM", "LMHeadModel")):
+        return None
+    one_of_several = config.num_labels > 1 and config.problem_type in (
+        None,
+        "single_label_classification",
+    )
+    if kind.endswith("ForSequenceClassification") and one_of_several:
+        return {str(name): int(index) for index, name in config.id2label.items()}
+    raise KarcherError(
+        f"{reference} is a {kind}: the Fisher information is made for causal language models and "
+        "for classifiers of sequences into one of several classes."
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tell a model's weights from others.
+
+    Arguments:
+        model: In float32, on any device.
+
+    Returns:
+        A SHA-256 in hex. It is made of the sum of each parameter's bits, as integers: a sum of the
+        numbers themselves would depend on the number of threads.
+    """
+    sums = [int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in model.parameters()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()

@@ -1,0 +1,172 @@
+"""From a model, and data or an optimizer's state, to a metric in a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+from torch import nn
+
+from mergekit_karcher.errors import KarcherError, first_line
+from mergekit_karcher.files import PARTIAL, replacing
+from mergekit_karcher.metrics.accumulate import SUMS_FILE, accumulate
+from mergekit_karcher.metrics.adam import adam_metric
+from mergekit_karcher.metrics.diagonal import DiagonalFisher
+from mergekit_karcher.metrics.examples import Example, Source, digest, read_examples
+from mergekit_karcher.metrics.model import classes_of, fingerprint, load_model
+from mergekit_karcher.metrics.store import check_names, write_metric
+
+# A parameter and the float64 sum of its squared gradients; its gradient for an example of a batch.
+_BYTES, _BYTES_PER_EXAMPLE = 4 + 8, 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the Fisher information of a model is estimated.
+
+    source: what it is estimated on. sampled: draw the targets from the model (true Fisher), not
+    from the data (empirical). batch_size: examples at a time. device: where to compute, as torch
+    writes it; None: on the GPU if there is one. quiet: print nothing but warnings and errors.
+    """
+
+    source: Source
+    sampled: bool = False
+    batch_size: int = 1
+    device: str | None = None
+    quiet: bool = False
+
+
+class Summary(NamedTuple):
+    """A metric in three numbers: its parameters, their mean, and the share that is zero."""
+
+    parameters: int
+    mean: float
+    zeros: float
+
+
+def metric_from_data(reference: str, out: Path, settings: Settings) -> Summary:
+    """Estimate the diagonal Fisher information of a model, and write it.
+
+    Arguments:
+        reference: The model, a folder or a Hub id.
+        out: The folder to write. It must not be there, or hold an interrupted run with the same
+            settings, which is gone on with.
+        settings: How to do it.
+
+    Returns:
+        What was written.
+
+    Raises:
+        KarcherError: If out exists and is no such run, if the model or the data cannot be read or
+            do not fit each other, if a gradient is not finite, or after Ctrl-C: the run is kept.
+    """
+    if out.exists() and not _is_interrupted_run(out):
+        raise KarcherError(f"{out} exists: name a new folder by --out.")
+    model = load_model(reference)
+    model.to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    classes = classes_of(model, reference)
+    check_names(reference, model)
+    tokenizer = _tokenizer(reference)
+    source = _that_fits(settings.source, model, tokenizer)
+    examples = read_examples(source, tokenizer, classes, quiet=settings.quiet)
+    decisive = {
+        **source._asdict(),
+        "model": reference,
+        "true": settings.sampled,
+        "examples": digest(examples),
+        "weights": fingerprint(model),
+    }
+    if not settings.quiet:
+        _say_memory(model, examples, settings.batch_size)
+    fisher = DiagonalFisher(model)
+    accumulate(
+        fisher,
+        examples,
+        out,
+        decisive,
+        batch_size=settings.batch_size,
+        seed=source.seed if settings.sampled else None,
+        quiet=settings.quiet,
+    )
+    about = {
+        "kind": f"diagonal {'true' if settings.sampled else 'empirical'} Fisher information",
+        **source._asdict(),
+        "examples": len(examples),
+        "tokens": sum(len(example.ids) for example in examples),
+    }
+    metric = fisher.metric()
+    write_metric(out, reference, model, metric, about)
+    (out / SUMS_FILE).unlink()
+    return _summary(metric)
+
+
+def metric_from_optimizer(reference: str, out: Path, checkpoint: Path) -> Summary:
+    """Write the metric that Adam has kept while it trained a model.
+
+    Arguments:
+        reference: The model that was trained, a folder or a Hub id.
+        out: The folder to write, whole or not at all; must be empty or not there.
+        checkpoint: Where the optimizer's state is, as `adam_metric` takes it.
+
+    Returns:
+        What was written.
+
+    Raises:
+        KarcherError: If out is not empty, or if the model or the state cannot be read or do not fit
+            each other.
+    """
+    if (out / SUMS_FILE).exists():
+        raise KarcherError(f"{out} holds an unfinished run from data: name another folder.")
+    if out.exists() and any(out.iterdir()):
+        raise KarcherError(f"{out} exists: name a new folder by --out.")
+    model = load_model(reference, empty=True)
+    metric = adam_metric(checkpoint, model)
+    about = {"kind": "Adam: sqrt(v_hat) + eps", "from": str(checkpoint)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as partial:
+        write_metric(partial, reference, model, metric, about)
+    return _summary(metric)
+
+
+def _is_interrupted_run(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a run from data leaves when it is cut off."""
+    names = {path.name for path in folder.iterdir() if not path.name.endswith(PARTIAL)}
+    # Beside its sums, a run that is being written has some of the files of the metric.
+    with_sums = SUMS_FILE in names and all(n.startswith("model") for n in names - {SUMS_FILE})
+    return not names or with_sums
+
+
+def _tokenizer(reference: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(reference)
+    except Exception as error:
+        raise KarcherError(f"{reference} has no tokenizer ({first_line(error)}).") from None
+
+
+def _that_fits(source: Source, model: nn.Module, tokenizer: Any) -> Source:
+    """A source whose examples are no longer than the model and its tokenizer can take."""
+    config: Any = model.config
+    positions = getattr(config, "max_position_embeddings", None) or source.length
+    return source._replace(length=min(source.length, positions, tokenizer.model_max_length))
+
+
+def _say_memory(model: nn.Module, examples: list[Example], batch_size: int) -> None:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    memory = (_BYTES + _BYTES_PER_EXAMPLE * batch_size) * parameters / 1e9
+    click.echo(
+        f"{len(examples)} examples of {len(examples[-1].ids)} tokens at most, {parameters:.3g} "
+        f"parameters: {memory:.2g} GB of memory, and the activations.",
+        err=True,
+    )
+
+
+def _summary(metric: dict[str, torch.Tensor]) -> Summary:
+    parameters = sum(tensor.numel() for tensor in metric.values())
+    total = sum(float(tensor.sum(dtype=torch.float64)) for tensor in metric.values())
+    zeros = sum(int((tensor == 0).sum()) for tensor in metric.values())
+    return Summary(parameters, total / parameters, zeros / parameters)
