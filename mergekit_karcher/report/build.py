@@ -32,9 +32,11 @@ from mergekit_karcher.sphere.trig import Floats
 class Planned(NamedTuple):
     """What the plan of a merge says about the report on it.
 
-    models: by the name that observations have, in the order of the config. granularities: by
-    output tensor, in the order of the plan; tied duplicates of another are left out.
-    roundoff: the largest relative rounding error of the output's dtype; None for that of the files.
+    models: by the name that observations have, in the order of the config.
+    base: the name of the base among them.
+    granularities: by output tensor, in the order of the plan; tied duplicates are left out.
+    roundoff: the largest relative rounding error of the output's dtype; None if the output has the
+        dtype of the files.
     """
 
     settings: Settings
@@ -47,39 +49,38 @@ class Planned(NamedTuple):
 def build(
     planned: Planned, observations: Mapping[str, Observation], means: Mapping[str, KarcherMean]
 ) -> Report:
-    """The report on a merge, of all its tensors that were observed; buffers are not.
+    """The report on a merge: on all its tensors that were observed, which buffers never are.
 
-    means: over the observed inputs of each tensor.
+    Arguments:
+        planned: What the plan says.
+        observations: By output tensor.
+        means: By output tensor, over its inputs that have a weight.
+
+    Returns:
+        The report, with its verdict.
+
+    Raises:
+        KarcherError: If no tensor was observed.
     """
     models = list(planned.models)
-    seen = {
-        name: observations[name].among(models)
-        for name in planned.granularities
-        if name in observations
-    }
-    if not seen:
-        raise KarcherError(
-            "There is nothing to report on: no tensor of floating-point numbers is merged from "
-            "this config."
-        )
-    tensors = [
-        _tensor(planned, own, means[name], planned.granularities[name])
-        for name, own in seen.items()
+    observed = [
+        observations[name].among(models) for name in planned.granularities if name in observations
     ]
-    whole = joined([own.zero for own in seen.values()])
+    if not observed:
+        raise KarcherError(
+            "There is nothing to report on: this config merges no tensor of floating-point numbers."
+        )
     base = models.index(planned.base) if planned.base in models else None
-    tasks = None if base is None else _whole_view("base", as_seen_from(whole, base), seen.values())
-    rounding = None
-    if tasks is not None and tasks.pairs():
-        noise = np.sqrt(np.nansum([_noise(own) ** 2 for own in seen.values()], 0))
-        rounding = _vector(noise / np.array([n or np.nan for n in tasks.norms], dtype=float))
+    tensors = [_tensor(planned, observation, means[observation.name]) for observation in observed]
+    whole = joined([observation.zero for observation in observed])
+    tasks, rounding = _whole_tasks(whole, base, observed)
     report = Report(
         schema=SCHEMA,
         version=__version__,
         settings=planned.settings,
         models=list(planned.models.values()),
-        whole=_whole_view("zero", whole, seen.values()),
-        whole_tasks=tasks if rounding is not None else None,
+        whole=_whole_view("zero", whole, observed),
+        whole_tasks=tasks,
         whole_rounding=rounding,
         verdict="",
         kinds=_kinds(tensors, base),
@@ -88,144 +89,170 @@ def build(
     return report.model_copy(update={"verdict": verdict_of(report)})
 
 
-def _tensor(planned: Planned, seen: Observation, mean: KarcherMean, granularity: str) -> Tensor:
-    sphere = seen.sphere
-    inputs = np.isfinite(seen.weights)
-    shares = _shares(seen.weights)
-    coefficients = None
-    angles = np.full(len(inputs), np.nan)
-    gap = float("nan")
+def _tensor(planned: Planned, observation: Observation, mean: KarcherMean) -> Tensor:
+    granularity = planned.granularities[observation.name]
+    sphere, weights = observation.sphere, observation.weights
+    coefficients, gap = None, None
     if granularity == "row":
-        angles[inputs] = mean.angles
+        angles = _over_models(mean.angles, weights)
     else:
-        coefficients = np.full(len(inputs), np.nan)
-        coefficients[inputs] = mean.coefficients
+        coefficients = _over_models(mean.coefficients, weights)
         known = np.nan_to_num(coefficients)
-        angles = np.where(inputs, sphere.angles_to(known), np.nan)
-        # What the files do not hold is not told apart either.
-        roundoff = max(planned.roundoff or 0.0, float(np.nanmin(seen.roundoffs)))
-        rounding = roundoff * RMS_ROUNDING * _length(seen.zero, shares)
-        gap = sphere.gap(known, shares) * _length(sphere, shares) / (rounding or float("nan"))
-    directed = np.isfinite(angles)
-    spread = np.sqrt(shares[directed] @ angles[directed] ** 2 / (shares[directed].sum() or 1))
-    own = _view(seen.origin, sphere, seen.weights)
-    other = None
-    if seen.base is not None:
-        origin, away = ("zero", seen.zero) if seen.origin == "base" else ("base", seen.base)
-        other = _view(origin, away, seen.weights)
+        angles = np.where(np.isfinite(weights), sphere.angles_to(known), np.nan)
+        gap = _linear_gap(observation, known, planned.roundoff)
+    shares, directed = _shares(weights), np.isfinite(angles)
+    squared = shares[directed] @ angles[directed] ** 2 / (shares[directed].sum() or 1)
+    other = "zero" if observation.origin == "base" else "base"
     return Tensor(
-        name=seen.name,
-        shape=list(seen.shape),
-        kind=kind_of(seen.name),
-        layer=layer_of(seen.name),
-        origin=seen.origin,
+        name=observation.name,
+        shape=list(observation.shape),
+        kind=kind_of(observation.name),
+        layer=layer_of(observation.name),
+        origin=observation.origin,
         granularity=granularity,
-        norms=own.norms,
-        angles=own.angles,
-        linear_length=own.linear_length,
+        norms=_vector(sphere.norms),
+        angles=_matrix(sphere.angles),
+        linear_length=_number(sphere.linear_length(shares)),
         coefficients=None if coefficients is None else _vector(coefficients),
         angles_to_mean=_vector(angles),
-        spread=_number(spread) if directed.any() else None,
+        spread=float(np.sqrt(squared)) if directed.any() else None,
         unique=mean.unique,
         status=mean.status.name.lower(),
-        linear_gap=_number(gap),
-        other=other,
-        rounding=_rounding(seen),
+        linear_gap=gap,
+        other=_view(observation, other),
+        rounding=_rounding(observation),
     )
 
 
-def _rounding(seen: Observation) -> Vector | None:
-    if seen.base is None:
+def _over_models(values: Floats, weights: Floats) -> Floats:
+    """Values of the inputs that have a weight, (N,), over all models, with NaN for the others."""
+    result = np.full(len(weights), np.nan)
+    result[np.isfinite(weights)] = values
+    return result
+
+
+def _linear_gap(
+    observation: Observation, coefficients: Floats, output_roundoff: float | None
+) -> float | None:
+    """Between the Karcher mean and the linear mean of its length, in units of rounding."""
+    sphere, shares = observation.sphere, _shares(observation.weights)
+    # What rounding took from the files cannot be told apart in the output either.
+    roundoff = max(output_roundoff or 0.0, float(np.nanmin(observation.roundoffs)))
+    rounding = roundoff * RMS_ROUNDING * _mean_norm(observation.zero, shares)
+    gap = sphere.gap(coefficients, shares) * _mean_norm(sphere, shares)
+    return _number(gap / (rounding or float("nan")))
+
+
+def _rounding(observation: Observation) -> Vector | None:
+    """What rounding may have changed in each model, over its difference from the base."""
+    if observation.base is None:
         return None
-    lengths = np.where(seen.base.norms > 0, seen.base.norms, np.nan)
-    return _vector(_noise(seen) / lengths)
+    lengths = np.where(observation.base.norms > 0, observation.base.norms, np.nan)
+    return _vector(_rounding_lengths(observation) / lengths)
 
 
-def _noise(seen: Observation) -> Floats:
+def _rounding_lengths(observation: Observation) -> Floats:
     """The length of what rounding may have changed in each model, (N,)."""
-    noise: Floats = RMS_ROUNDING * seen.roundoffs * seen.zero.norms
-    return noise
+    lengths: Floats = RMS_ROUNDING * observation.roundoffs * observation.zero.norms
+    return lengths
 
 
-def _whole_view(origin: str, whole: PairwiseGeometry, seen: Iterable[Observation]) -> View:
-    """All tensors as one vector; weights may differ from one to the other."""
-    parts = []
-    for own in seen:
-        sphere = own.zero if origin == "zero" else own.base
-        if sphere is not None:
-            shares = _shares(own.weights)
-            mean = _length(sphere, shares)
-            kept = sphere.linear_length(shares)
-            if mean > 0 and np.isfinite(kept):
-                parts.append((shares, mean, kept))
-    if not parts:
-        length = float("nan")
-    elif all(np.array_equal(shares, parts[0][0]) for shares, *_ in parts):
-        length = whole.linear_length(parts[0][0])
-    else:
-        means = np.array([mean for _, mean, _ in parts])
-        merged = means * np.array([kept for *_, kept in parts])
-        length = float(np.linalg.norm(merged) / np.linalg.norm(means))
+def _whole_tasks(
+    whole: PairwiseGeometry, base: int | None, observed: Sequence[Observation]
+) -> tuple[View | None, Vector | None]:
+    """Whole models as seen from the base, and how much of their differences may be rounding."""
+    if base is None:
+        return None, None
+    tasks = _whole_view("base", as_seen_from(whole, base), observed)
+    if not tasks.pairs():
+        return None, None
+    squares = [_rounding_lengths(observation) ** 2 for observation in observed]
+    rounding = np.sqrt(np.nansum(squares, 0))
+    norms = np.array([norm or np.nan for norm in tasks.norms], dtype=float)
+    return tasks, _vector(rounding / norms)
+
+
+def _whole_view(origin: str, whole: PairwiseGeometry, observed: Sequence[Observation]) -> View:
     return View(
         origin=origin,
         norms=_vector(whole.norms),
         angles=_matrix(whole.angles),
-        linear_length=_number(length),
+        linear_length=_number(_whole_linear_length(origin, whole, observed)),
     )
 
 
-def _view(origin: str, sphere: PairwiseGeometry, weights: Floats) -> View:
+def _whole_linear_length(
+    origin: str, whole: PairwiseGeometry, observed: Sequence[Observation]
+) -> float:
+    """`View.linear_length` of whole models; weights may differ from tensor to tensor."""
+    parts = []
+    for observation in observed:
+        view = observation.view(origin)
+        if view is not None:
+            shares = _shares(observation.weights)
+            norm, length = _mean_norm(view, shares), view.linear_length(shares)
+            if norm > 0 and np.isfinite(length):
+                parts.append((shares, norm, length))
+    if not parts:
+        return float("nan")
+    if all(np.array_equal(shares, parts[0][0]) for shares, *_ in parts):
+        return whole.linear_length(parts[0][0])
+    norms = np.array([norm for _, norm, _ in parts])
+    merged = norms * np.array([length for *_, length in parts])
+    return float(np.linalg.norm(merged) / np.linalg.norm(norms))
+
+
+def _view(observation: Observation, origin: str) -> View | None:
+    sphere = observation.view(origin)
+    if sphere is None:
+        return None
     return View(
         origin=origin,
         norms=_vector(sphere.norms),
         angles=_matrix(sphere.angles),
-        linear_length=_number(sphere.linear_length(_shares(weights))),
+        linear_length=_number(sphere.linear_length(_shares(observation.weights))),
     )
 
 
-def _length(sphere: PairwiseGeometry, shares: Floats) -> float:
-    """The weighted mean of the norms of those that are there."""
-    there = np.isfinite(sphere.norms) & (shares > 0)
-    return float(normalised(shares[there]) @ sphere.norms[there]) if there.any() else 0.0
+def _mean_norm(sphere: PairwiseGeometry, shares: Floats) -> float:
+    """The weighted mean of the norms of those that have one."""
+    known = np.isfinite(sphere.norms) & (shares > 0)
+    return float(normalised(shares[known]) @ sphere.norms[known]) if known.any() else 0.0
 
 
 def _shares(weights: Floats) -> Floats:
-    """Weights that sum to one; zero for what takes no part."""
+    """Weights that sum to one; zero for models without one (NaN)."""
     shares: Floats = normalised(np.nan_to_num(weights))
     return shares
 
 
 def _kinds(tensors: Sequence[Tensor], base: int | None) -> list[Kind]:
-    result = []
-    for kind in ORDER:
-        own = [tensor for tensor in tensors if tensor.kind == kind]
-        if own:
-            result.append(_kind(kind, own, base))
-    return result
+    of_kinds = {kind: [tensor for tensor in tensors if tensor.kind == kind] for kind in ORDER}
+    return [_kind(kind, of_kind, base) for kind, of_kind in of_kinds.items() if of_kind]
 
 
 def _kind(kind: str, tensors: Sequence[Tensor], base: int | None) -> Kind:
-    zero, tasks = ([t.view(origin) for t in tensors] for origin in ("zero", "base"))
+    from_zero, from_base = ([t.view(origin) for t in tensors] for origin in ("zero", "base"))
     angles = [
         angle
-        for tensor, view in zip(tensors, zero, strict=True)
+        for tensor, view in zip(tensors, from_zero, strict=True)
         if view is not None
         for angle in view.pairs(base if tensor.origin == "base" else None)
     ]
-    task_angles = [angle for view in tasks if view is not None for angle in view.pairs()]
+    task_angles = [angle for view in from_base if view is not None for angle in view.pairs()]
     gaps = [tensor.linear_gap for tensor in tensors if tensor.linear_gap is not None]
     return Kind(
         kind=kind,
         tensors=len(tensors),
         angle_median=_median(angles),
         angle_largest=max(angles, default=None),
-        spread_median=_median([tensor.spread for tensor in tensors]),
-        linear_length_median=_median([view.linear_length for view in zero if view]),
+        spread_median=_median(tensor.spread for tensor in tensors),
+        linear_length_median=_median(view.linear_length for view in from_zero if view),
         linear_gap_largest=max(gaps, default=None),
         not_unique=sum(not tensor.unique for tensor in tensors),
         task_angle_median=_median(task_angles),
-        task_linear_length_median=_median([view.linear_length for view in tasks if view]),
-        task_rounding_median=_median([_largest(tensor.rounding) for tensor in tensors]),
+        task_linear_length_median=_median(view.linear_length for view in from_base if view),
+        task_rounding_median=_median(_largest(tensor.rounding) for tensor in tensors),
     )
 
 

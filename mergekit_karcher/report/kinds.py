@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# The first that matches counts. Families name alike what does alike.
+# The first pattern that matches decides. Families have similar names for what does the same.
 _PATTERNS = (
     (r"lm_head|embed_out|score\.|classifier|^output\.weight", "head"),
     (r"embed_tokens|\bwte\b|\bwpe\b|embed_in|embeddings|tok_emb", "embeddings"),
@@ -25,12 +25,12 @@ ORDER = (*dict.fromkeys(kind for _, kind in _PATTERNS), "biases", "other")
 
 
 def kind_of(name: str) -> str:
-    """One of ORDER."""
+    """The kind of module that a tensor belongs to, one of ORDER."""
     kind = next((kind for pattern, kind in _PATTERNS if re.search(pattern, name)), "other")
     return "biases" if name.endswith(".bias") and kind not in ("norms", "other") else kind
 
 
 def layer_of(name: str) -> int | None:
-    """The first number in the name, or None."""
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(found[1]) if found else None
+    """The layer that a tensor is in, by the first number in its name, or None."""
+    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(number[1]) if number else None

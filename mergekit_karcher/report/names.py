@@ -1,4 +1,4 @@
-"""What to call the models of a config where others read it."""
+"""Names for the models of a config that tell others nothing about this machine."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ RAW_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def short_names(references: Sequence[str], local: Callable[[str], bool]) -> dict[str, str]:
-    """For each model of a config, what to call it: never a place on this machine.
+    """A name for each model of a config that shows no path of this machine.
 
-    A Hub id stays; a local path, and each of the two in model+adapter, becomes its last part, or
-    as many as tell it from the others. local: whether a path is one, and not a Hub id.
+    Arguments:
+        references: The models as the config has them: Hub ids, local paths, or model+adapter.
+        local: Whether one of these parts is a local path, and not a Hub id.
+
+    Returns:
+        The name of each. Hub ids stay as they are; of a local path the last part is left, or as
+        many parts as tell it from the other models.
     """
-    result = {}
-    for own in references:
-        others = [other for other in references if other != own]
-        depths = range(1, len(re.split(r"[/\\]", own)) + 1)
-        unique = (
-            depth
-            for depth in depths
-            if all(_shortened(o, depth, local) != _shortened(own, depth, local) for o in others)
-        )
-        result[own] = _shortened(own, next(unique, depths[-1]), local)
-    return result
+    names = {}
+    for reference in references:
+        for depth in range(1, len(re.split(r"[/\\]", reference)) + 1):
+            names[reference] = _shortened(reference, depth, local)
+            others = (other for other in references if other != reference)
+            if all(_shortened(other, depth, local) != names[reference] for other in others):
+                break
+    return names
 
 
 def is_local(path: str) -> bool:
-    """Whether a model of a config is a file or folder here, and not a Hub id."""
+    """Whether a model of a config is a local file or folder, and not a Hub id.
+
+    A path of two parts that is not there looks like a Hub id, and is taken for one.
+    """
     path = path.split("@")[0]
     return os.path.exists(path) or path[:1] in ("/", "\\", ".", "~") or path.count("/") > 1
 

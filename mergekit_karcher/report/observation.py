@@ -24,6 +24,7 @@ from mergekit_karcher.sphere.trig import Floats
 # pass is worth its time.
 _CLOSE = 1e-6
 
+# How many values of a tensor are looked at to tell the dtype of its file.
 _SAMPLE = 4096
 
 # The root mean square of the relative error that rounding leaves, in units of the largest one:
@@ -41,11 +42,13 @@ ROUNDOFF = {
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """The M models that have a part in one output tensor.
+    """The M models that one output tensor has inputs of, and how they lie to each other.
 
-    models: by name; those with a weight, and last, where the origin is base, the base.
+    models: names of those with a weight, and last, where the origin is base, of the base.
     weights: (M,), NaN for a base that is the origin.
-    zero: as seen from zero. base: as seen from the base, if it is among them, at base_index.
+    origin: what the mean is taken around, "zero" or "base".
+    zero: the models as seen from zero.
+    base: as seen from the base, which stands at base_index; None where it is not among them.
     roundoffs: (M,) the largest relative rounding error of the values that arrived, by the
         narrowest dtype that holds them: a bfloat16 file stays one when it is cast to float32.
     """
@@ -60,16 +63,20 @@ class Observation:
     base_index: int | None
     roundoffs: Floats
 
+    def view(self, origin: str) -> PairwiseGeometry | None:
+        """The models as seen from that origin; None where there is no base."""
+        return self.zero if origin == "zero" else self.base
+
     @property
     def sphere(self) -> PairwiseGeometry:
-        """The one that the mean is taken on."""
-        if self.origin == "base":
-            assert self.base is not None
-            return self.base
-        return self.zero
+        """The models as seen from the origin that the mean is taken around."""
+        view = self.view(self.origin)
+        if view is None:
+            raise ValueError(f"{self.name} has origin: base, and no view from the base.")
+        return view
 
     def among(self, models: Sequence[str]) -> Observation:
-        """The same over more models, most of which may have no part in it (NaN)."""
+        """The same over all models of a merge, with NaN for those that have no input here."""
         places = np.array([models.index(model) for model in self.models])
         count = len(models)
         weights, roundoffs = np.full(count, np.nan), np.full(count, np.nan)
@@ -86,45 +93,56 @@ class Observation:
 
 
 def observed(
-    inputs: Inputs,
-    products: Products,
-    models: Sequence[str],
-    base: str | None,
+    inputs: Inputs, products: Products, models: Sequence[str], base: str | None
 ) -> Observation:
-    """An observation of inputs that all have a weight, from their inner products.
+    """What the inputs of one output tensor look like to each other.
 
-    products: of the whole tensors; around the base of the inputs, if it has one, and with it.
-    models: the names of the inputs. base: that of the base model, whether it takes part or not.
+    Arguments:
+        inputs: N of them; borrowed. Read again only where two are too close for their products.
+        products: Of the whole tensors (R = 1); of their differences from the base of the inputs if
+            they have one, and then with the base itself as the last vector.
+        models: The names of the N models.
+        base: The name of the base model, whether it takes part in the mean or not.
+
+    Returns:
+        An observation that holds no tensor. Its angles are right to seven digits down to 1e-8
+        radians.
     """
     tensors, names = list(inputs.tensors), list(models)
-    shares = inputs.weights
+    weights = inputs.weights
     gram, exponents = products.grams[0], products.exponents[0]
     if inputs.base is None:
         zero, scale = geometry_of_gram(gram, exponents), np.ones(gram.shape)
     else:
-        zero = geometry_of_differences(gram, exponents)
+        zero, scale = geometry_of_differences(gram, exponents), _error_scale(gram)
         tensors.append(inputs.base)
         names.append(base or "the base")
-        shares = np.append(shares, np.nan)
-        lengths = np.sqrt(np.diagonal(gram)).astype(np.float64)
-        lengths[-1] = 0
-        # Two differences are as exact as they are long; so are the angles that they span.
-        length = float(np.sqrt(gram[-1, -1]))
-        longer = np.maximum(lengths[:, None], lengths)
-        scale = (longer / length) ** 2 if length > 0 else np.zeros(longer.shape)
-    index = names.index(base) if base in names else None
+        weights = np.append(weights, np.nan)
+    base_index = names.index(base) if base in names else None
     zero = _refined(zero, tensors, inputs.shared_metric, _CLOSE * scale)
     return Observation(
         inputs.name,
         tuple(tensors[0].shape),
         tuple(names),
-        shares,
+        weights,
         "zero" if inputs.base is None else "base",
         zero,
-        None if index is None else as_seen_from(zero, index),
-        index,
+        None if base_index is None else as_seen_from(zero, base_index),
+        base_index,
         np.array([_roundoff(tensor) for tensor in tensors]),
     )
+
+
+def _error_scale(gram: Floats) -> Floats:
+    """The errors of chords that come from differences, (N + 1, N + 1), in units of those from zero.
+
+    Two differences are as exact as they are long; so are the angles that they span.
+    """
+    lengths = np.sqrt(np.diagonal(gram)).astype(np.float64)
+    lengths[-1] = 0
+    length = float(np.sqrt(gram[-1, -1]))
+    longer = np.maximum(lengths[:, None], lengths)
+    return (longer / length) ** 2 if length > 0 else np.zeros(longer.shape)
 
 
 def _refined(
@@ -133,7 +151,7 @@ def _refined(
     metric: SharedMetric | None,
     close: Floats,
 ) -> PairwiseGeometry:
-    """With the chords that are too short for inner products taken from the tensors themselves."""
+    """The same geometry, with chords shorter than close measured on the tensors themselves."""
     chords = sphere.chords.copy()
     for i, j in np.argwhere(np.tril(chords < close, -1)):
         norms = (float(sphere.norms[i]), float(sphere.norms[j]))
@@ -142,7 +160,7 @@ def _refined(
 
 
 def _roundoff(tensor: torch.Tensor) -> float:
-    """That of the narrowest dtype in which a sample of the values is exact."""
+    """The largest rounding error of the narrowest dtype in which a sample of values is exact."""
     part = tensor.detach()
     while part.ndim > 1 and part.numel() > _SAMPLE:
         part = part[len(part) // 2]

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mergekit_karcher.files import replacing
 from mergekit_karcher.report.kinds import ORDER
 from mergekit_karcher.report.schema import Matrix, Report, Tensor, View
 from mergekit_karcher.report.verdict import NOISE
@@ -24,15 +25,21 @@ TITLES = {
 
 
 def draw(report: Report, folder: Path) -> None:
-    """Write the PNG files of TITLES. Raises ImportError where matplotlib is not installed."""
+    """Write the PNG files that are named in TITLES.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        OSError: If a file cannot be written.
+    """
     makers = {"angles.png": _heat_map, "models.png": _models, "lengths.png": _lengths}
     for file, make in makers.items():
         figure = make(report, TITLES[file])
-        figure.savefig(folder / file, dpi=_DPI, bbox_inches="tight")
+        with replacing(folder / file) as partial:
+            figure.savefig(partial, format="png", dpi=_DPI, bbox_inches="tight")
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
-    # Not by pyplot: a merge in a program of one's own leaves that program's figures alone.
+    # Without pyplot, which would change the figures of a program that merges by a call.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -40,19 +47,18 @@ def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any
 
 
 def _layers(report: Report) -> list[int | None]:
-    """Layers in order; None stands for tensors outside of them, and comes first."""
-    found = {tensor.layer for tensor in report.tensors}
-    numbers: list[int | None] = [*sorted(layer for layer in found if layer is not None)]
-    return [None, *numbers] if None in found else numbers
+    """The layers in order; None stands for tensors outside the layers, and comes first."""
+    layers = {tensor.layer for tensor in report.tensors}
+    return sorted(layers, key=lambda layer: -1 if layer is None else layer)
 
 
 def _labels(axes: Any, layers: Sequence[int | None]) -> None:
-    """Every layer that there is room for, and those outside as a dash."""
+    """Label as many layers as there is room for, and tensors outside of them by a dash."""
     step = max(1, math.ceil(len(layers) / 25))
     places = [p for p, layer in enumerate(layers) if layer is None or layer % step == 0]
     labels = ["-" if layers[p] is None else str(layers[p]) for p in places]
     axes.set_xticks(places, labels)
-    axes.set_xlabel("layer (- : outside of the layers)" if None in layers else "layer")
+    axes.set_xlabel("layer (-: tensors outside the layers)" if None in layers else "layer")
 
 
 def _largest(report: Report, tensors: Sequence[Tensor]) -> float:
@@ -89,11 +95,11 @@ def _models(report: Report, title: str) -> Any:
     size = max(3.2, 0.55 * len(report.models) + 1.5)
     figure, panels = _figure(size + 1.2, (size + 0.8) * len(views), len(views))
     for axes, (origin, view) in zip(panels, views, strict=True):
-        there = [place for place, norm in enumerate(view.norms) if norm]
-        names = [f"{report.models[place].name} ({place + 1})" for place in there]
-        _matrix(figure, axes, names, [[view.angles[i][j] for j in there] for i in there])
+        shown = [place for place, norm in enumerate(view.norms) if norm]
+        names = [f"{report.models[place].name} ({place + 1})" for place in shown]
+        _matrix(figure, axes, names, [[view.angles[i][j] for j in shown] for i in shown])
         # Names stand beside the rows; the columns have the same order.
-        axes.set_xticks(range(len(there)), [str(place + 1) for place in there])
+        axes.set_xticks(range(len(shown)), [str(place + 1) for place in shown])
         axes.set_title(f"{title},\n{origin}" if axes is panels[0] else origin)
     return figure
 
@@ -120,7 +126,7 @@ def _lengths(report: Report, title: str) -> Any:
         for number, kind in enumerate(ORDER):
             lost = [_lost(_cell(report.tensors, kind, layer), origin) for layer in layers]
             if any(value == value for value in lost):
-                # No line leads from what is outside of the layers to the first of them.
+                # No line from the tensors outside the layers to the first layer.
                 inside = range(layers[0] is None, len(layers))
                 marker = "o" if number % 2 else "s"
                 (line,) = axes.plot(

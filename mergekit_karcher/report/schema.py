@@ -1,4 +1,4 @@
-"""What report.json holds. Angles are in radians; null stands for what a model has no part in."""
+"""What report.json holds. Angles are in radians; null stands for models without a tensor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ class _Part(BaseModel):
 
 
 class View(_Part):
-    """Models as seen from one origin; all lists run over `models` of the report.
+    """The models as seen from one origin, in the order of the report's `models`.
 
+    origin: "zero" or "base".
+    norms: the distance of each model from the origin.
+    angles: between every two models.
     linear_length: |weighted linear mean| over the weighted mean of the norms.
     """
 
@@ -26,7 +29,7 @@ class View(_Part):
     linear_length: float | None
 
     def pairs(self, without: int | None = None) -> list[float]:
-        """The angle between every two models that have one, but for one model."""
+        """The angles between every two models, leaving out one of the models."""
         return [
             angle
             for i, row in enumerate(self.angles)
@@ -36,9 +39,10 @@ class View(_Part):
 
 
 class Model(_Part):
-    """A model of the merge: a Hub id, or for a local one the last parts of its path.
+    """A model of the merge.
 
-    hub_ids: those of the model and of its adapter that are on the Hub.
+    name: its Hub id, or for a local model the last part or parts of its path.
+    hub_ids: of the model and its adapter, those that are on the Hub.
     """
 
     name: str
@@ -47,10 +51,11 @@ class Model(_Part):
 
 
 class Settings(_Part):
-    """The config, as far as it decides the geometry; a list where filters make it several.
+    """What in the config decides the geometry; a list, since filters may give several values.
 
-    as_karcher: whether it asks for another method than ours, which sees what karcher would.
-    in_metric: whether angles and lengths are those of the metric that the models share.
+    as_karcher: whether the config asks for another method, and the report shows what karcher would
+        do with its models, weights and base.
+    in_metric: whether angles and lengths are measured in the metric that the models share.
     """
 
     merge_method: str
@@ -64,20 +69,23 @@ class Settings(_Part):
 
 
 class Tensor(_Part):
-    """One output tensor, on the sphere that its mean is taken on (origin, granularity).
+    """One output tensor, as seen from the origin that its mean is taken around.
 
+    kind, layer: the kind of module and the number of the layer, by the tensor's name.
+    norms, angles, linear_length: as in `View`.
     coefficients: k_i of W = sum k_i W_i, or with origin base of base + sum k_i (W_i - base); null
-        with granularity row, which has a set for each row.
-    angles_to_mean: from each model to the merged tensor; with granularity row the largest of any
-        row to its own.
-    spread: the root of the weighted mean of their squares.
-    unique, status: whether the mean was proven to be unique, and how it ended.
+        with granularity row, where each row has its own.
+    angles_to_mean: from each model to the merged tensor; with granularity row, the largest angle
+        of any row to the mean of that row.
+    spread: the root of the weighted mean of the squares of angles_to_mean.
+    unique: whether the mean was proven to be unique.
+    status: how the search for it ended: converged, not_converged, not_unique or zero.
     linear_gap: the distance between the Karcher mean and the linear mean scaled to its length, in
-        units of what rounding to the output's dtype changes, or to that of the files where that
-        is coarser; null with granularity row.
+        units of what rounding to the output's dtype changes, or to the dtype of the files where
+        that is coarser; null with granularity row.
     other: the same models as seen from the other origin, where there is a base model.
     rounding: for each model, what rounding to the dtype of its file may change, over the length
-        of its difference from the base. From 0.7 on that difference says nothing.
+        of its difference from the base. From 0.7 on, the angles of that difference mean nothing.
     """
 
     name: str
@@ -111,10 +119,11 @@ class Tensor(_Part):
 
 
 class Kind(_Part):
-    """All tensors of one kind of module. Lengths are as in `View`, the rest as in `Tensor`.
+    """All tensors of one kind of module; see `Tensor` and `View` for what is summed up.
 
-    angle: between two models, over tensors and pairs. task_*: as seen from the base model.
-    task_rounding_median: of the model of which rounding may have taken most.
+    angle_*: over all tensors and pairs of models, as seen from zero.
+    task_*: as seen from the base model.
+    task_rounding_median: over tensors, of the model that rounding may have changed most.
     """
 
     kind: str
@@ -133,9 +142,12 @@ class Kind(_Part):
 class Report(_Part):
     """The geometry of one merge.
 
-    whole: all tensors of each model as one vector; tied weights count once, buffers not at all.
-    Where weights differ from tensor to tensor, the lengths are those of the merged vectors.
-    whole_rounding: as `Tensor.rounding`, of the whole models.
+    whole: all tensors of each model as one vector, as seen from zero; tied weights count once,
+        buffers not at all. Where weights differ from tensor to tensor, its linear_length is that
+        of the merged vectors.
+    whole_tasks: the same as seen from the base model; null where there is none.
+    whole_rounding: as `Tensor.rounding`, of whole models.
+    verdict: what the numbers mean, in a few sentences.
     """
 
     schema_: str = Field(SCHEMA, alias="schema")
@@ -151,6 +163,6 @@ class Report(_Part):
 
     @property
     def apart(self) -> int | None:
-        """The place of a base that takes no part in the mean."""
+        """The place of a base that the mean is taken around, and so takes no part in it."""
         places = [place for place, model in enumerate(self.models) if model.is_base]
         return places[0] if places and self.settings.origin == ["base"] else None

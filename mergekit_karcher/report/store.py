@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.files import replacing, write_text
 from mergekit_karcher.report.plots import TITLES, draw
 from mergekit_karcher.report.schema import SCHEMA, Report
 from mergekit_karcher.report.text import markdown
@@ -25,7 +25,11 @@ NO_PLOTS = (
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder of a report before the work that fills it."""
+    """Make the folder of a report, before the work that fills it begins.
+
+    Raises:
+        KarcherError: If it cannot be made, or no file can be written there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -37,9 +41,17 @@ def make_folder(folder: Path) -> None:
 
 
 def write(report: Report, folder: Path) -> bool:
-    """Write the plots, report.md, and last report.json, so that what has that is whole.
+    """Write a report: the plots, report.md, and report.json last; a folder that has it is complete.
 
-    Returns whether there are plots: there are none where matplotlib is not installed.
+    Arguments:
+        report: What to write.
+        folder: Must exist. The files of an older report are deleted first.
+
+    Returns:
+        Whether there are plots; there are none where matplotlib is not installed.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
     for old in (JSON, *TITLES):
         (folder / old).unlink(missing_ok=True)
@@ -48,10 +60,8 @@ def write(report: Report, folder: Path) -> bool:
     except ImportError:
         _LOG.debug("no plots", exc_info=True)
     plots = plots_in(folder)
-    (folder / MARKDOWN).write_text(markdown(report, plots), encoding="utf-8")
-    partial = folder / f"{JSON}.partial"
-    partial.write_text(report.model_dump_json(by_alias=True) + "\n", encoding="utf-8")
-    os.replace(partial, folder / JSON)
+    write_text(folder / MARKDOWN, markdown(report, plots))
+    write_text(folder / JSON, report.model_dump_json(by_alias=True) + "\n")
     return bool(plots)
 
 
@@ -61,16 +71,30 @@ def plots_in(folder: Path) -> list[tuple[str, str]]:
 
 
 def copy(source: Path, target: Path) -> None:
-    """The files of a report, and no other, in the place of those of an older one."""
+    """Copy the files of a report, and nothing else, to another folder, report.json last.
+
+    Arguments:
+        source: The folder of the report.
+        target: Made if it does not exist. The files of an older report are deleted first.
+
+    Raises:
+        KarcherError: If the target cannot be written to.
+    """
     make_folder(target)
     for name in (JSON, MARKDOWN, *TITLES):
         (target / name).unlink(missing_ok=True)
+    for name in (*TITLES, MARKDOWN, JSON):
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            with replacing(target / name) as partial:
+                shutil.copyfile(source / name, partial)
 
 
 def read(folder: Path) -> Report:
-    """The report in a folder; raises `KarcherError` where there is none that this version reads."""
+    """The report in a folder.
+
+    Raises:
+        KarcherError: If there is none, or none that this version can read.
+    """
     path = folder / JSON
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))

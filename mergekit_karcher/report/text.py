@@ -1,4 +1,4 @@
-"""The table and the verdict, for the terminal and as Markdown."""
+"""A report for people: its table and verdict in the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -64,25 +64,26 @@ def _columns(report: Report) -> list[Column]:
 
 
 def legend(report: Report) -> str:
-    """What the columns of the table are."""
+    """A sentence or two for each column of the table."""
     words = (
-        "Angles in degrees, between every two models, tensor by tensor (median and largest); "
-        "spread: to the mean. Lost: the length that plain averaging loses. To linear: the largest "
-        "difference between "
-        "Karcher and averaging scaled to the same length, 1 being what rounding to "
-        f"{output_dtype(report)} changes (or to the files' dtype, if that is coarser)."
+        "Angles are in degrees. Angle: between two models, the median over tensors and pairs; "
+        "largest: the largest of them. Spread: the typical angle from a model to the mean, the "
+        "median over tensors. Lost: how much length plain averaging loses. To linear: the largest "
+        "difference between Karcher and averaging scaled to the same length, where 1 is what "
+        f"{output_dtype(report)} rounding changes (or that of the files, if it is coarser). "
+        "Not unique: the tensors whose mean could not be proven unique."
     )
     if report.whole_tasks:
         words += (
-            " Task angle: between differences from the base; kept: the length of them that plain "
-            "averaging keeps; rounding: how much of them may be rounding of the files (from "
-            f"{100 * NOISE:.0f} % on, noise)."
+            " Task angle: between two task vectors (differences from the base). Kept: how much of "
+            "their length plain averaging keeps. Rounding: how much of their length may be "
+            f"rounding error of the files (from {100 * NOISE:.0f} % on they are noise)."
         )
     return words
 
 
 def markdown_table(report: Report) -> str:
-    """One line for each kind of module."""
+    """The table in Markdown, with one row for each kind of module."""
     columns = _columns(report)
     lines = [
         ["module", *(title for title, _ in columns)],
@@ -93,26 +94,31 @@ def markdown_table(report: Report) -> str:
 
 
 def models_line(report: Report) -> str:
-    """Who is compared."""
+    """The sentence that names the models."""
     names = [model.name + (" (base)" if model.is_base else "") for model in report.models]
     return f"Models: {', '.join(names)}."
 
 
 def markdown(report: Report, plots: Sequence[tuple[str, str]]) -> str:
-    """The whole report but for single tensors; plots are (file, what it shows)."""
+    """The report in Markdown, without its single tensors.
+
+    Arguments:
+        report: What to tell.
+        plots: (file, title) of each picture to show.
+    """
     parts = [
         "# Geometry of this merge",
         report.verdict,
         models_line(report),
         markdown_table(report),
         legend(report),
-        *(f"![{shows}]({file})" for file, shows in plots),
+        *(f"![{title}]({file})" for file, title in plots),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def show(report: Report, console: Console) -> None:
-    """The tables and the verdict, in colour where that is a terminal."""
+    """Print the tables and the verdict, in colour if the console is a terminal."""
     console.print(models_line(report), markup=False, highlight=False)
     console.print(_table(report, "Geometry of this merge", _COLUMNS))
     if report.whole_tasks:

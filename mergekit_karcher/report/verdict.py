@@ -7,24 +7,25 @@ from collections.abc import Sequence
 
 from mergekit_karcher.report.schema import Report, Tensor
 
-# Rounding that is this share of a difference is as long as the rest of it (sqrt(1/2)): from there
-# on its angles say nothing. Below the second share they are all but right.
+# Where rounding error is this share of a difference, it is as long as the true rest (sqrt(1/2)):
+# from there on angles mean nothing. Below the second share they are nearly right.
 NOISE = 0.7
 _SOME_NOISE = 0.3
 
-# From here on (radians) models are strangers: fine-tunes of one base measure a few degrees.
+# From here on (radians) models have nothing in common: fine-tunes of one base are a few degrees
+# apart.
 _STRANGERS = math.radians(60)
 
-# Task vectors nearer than this (radians) lose little by averaging, whatever the method.
+# Averaging task vectors that are closer than this (radians) loses little, whatever the method.
 _AGREEING = math.radians(45)
 
-# From README, Evidence.
+# From the measurements in benchmarks/quality.
 _EVIDENCE = (
-    "In our measurements the full length gained 0.05 to 0.07 bits per byte in fine-tunes of a 135M "
-    "language model that were 0.2 degrees apart, and 0.5 to 1.1 points of accuracy in small "
-    "classifiers with nearly orthogonal task vectors; it cost tiny language models that were 6 to "
-    "15 degrees apart 0.05 to 0.15 bits, and there magnitude: linear with granularity: row was "
-    "best."
+    "In our measurements, keeping the full length helped fine-tunes of a 135M language model that "
+    "were 0.2 degrees apart (by 0.05 to 0.07 bits per byte) and small classifiers with nearly "
+    "orthogonal task vectors (by 0.5 to 1.1 points of accuracy); it hurt tiny language models that "
+    "were 6 to 15 degrees apart (by 0.05 to 0.15 bits per byte), where magnitude: linear with "
+    "granularity: row was best."
 )
 
 _NAMES_SHOWN = 3
@@ -32,13 +33,24 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def verdict_of(report: Report) -> str:
-    """The verdict; it says nothing that the numbers do not show."""
+    """What the numbers of a report mean; it says nothing that they do not show.
+
+    Arguments:
+        report: Its own verdict is not read.
+
+    Returns:
+        Sentences for someone who merges models.
+    """
     sentences = [_apart(report), *_task_vectors(report), *_not_unique(report.tensors)]
     if report.settings.as_karcher:
         method = report.settings.merge_method
-        sentences.insert(0, f"The config asks for {method}; this is what karcher would see.")
+        sentences.insert(
+            0,
+            f"The config asks for {method}; this report shows what karcher would make of its "
+            "models, weights and base.",
+        )
     if report.settings.in_metric:
-        sentences.insert(0, "Angles and lengths are those of the metric that the models share.")
+        sentences.insert(0, "Angles and lengths are measured in the metric that the models share.")
     return " ".join(sentences)
 
 
@@ -55,49 +67,54 @@ def percent(share: float) -> str:
 
 
 def output_dtype(report: Report) -> str:
-    """The dtype that the merge is rounded to, as the config says it."""
+    """The dtype whose rounding the merge ends with, to be followed by the word rounding."""
     return report.settings.out_dtype or report.settings.dtype or "the output's"
 
 
 def _apart(report: Report) -> str:
+    """How far the models are apart, and whether the method matters."""
     norms = [norm for place, norm in enumerate(report.whole.norms) if place != report.apart]
     count = sum(norm is not None for norm in norms)
     these = f"These {_NUMBERS[count] if count < len(_NUMBERS) else count} models"
     angles = report.whole.pairs(report.apart)
     if not angles:
-        return f"{these} have no direction in common to compare."
+        return f"{these} have no tensor in common whose directions could be compared."
     largest = max(angles)
     if largest == 0 and len(set(norms)) == 1:
-        return f"{these} are the same: so is every mean of them."
+        return f"{these} are the same, and so is every mean of them."
     far = "" if count == 2 else "up to "
     lead = f"{these} are {far}{degrees(largest)} degrees apart"
     length = report.whole.linear_length
     lost = 1 - length if length is not None else 0.0
-    gaps = [t for t in report.tensors if t.linear_gap is not None and t.linear_gap >= 1]
     if largest > _STRANGERS:
-        where = "" if all(tensor.unique for tensor in report.tensors) else " where it is unique"
+        where = (
+            "" if all(tensor.unique for tensor in report.tensors) else " where the mean is unique"
+        )
         return (
             f"{lead}, like strangers: plain averaging keeps {percent(1 - lost)} % of their length, "
-            f"Karcher {_keeps(report)}{where}, and neither makes a good network of models whose "
-            "neurons are not aligned."
+            f"Karcher keeps {_keeps(report)}{where}, and neither makes a good network of models "
+            "whose neurons are not aligned."
         )
-    keeps = f"plain averaging loses {percent(lost)} % of their length"
-    if gaps or any(tensor.granularity == "row" for tensor in report.tensors):
-        return f"{lead}: {_gaps(report, gaps)}; {keeps}."
     return (
-        f"{lead}: Karcher, SLERP and averaging scaled to the same length give the same weights to "
-        f"within {output_dtype(report)} rounding; {keeps}."
+        f"{lead}: {_difference(report)}; plain averaging loses {percent(lost)} % of their length."
     )
 
 
-def _gaps(report: Report, gaps: Sequence[Tensor]) -> str:
-    if not gaps:
-        return "each row has a mean of its own"
-    worst = max(gaps, key=lambda tensor: tensor.linear_gap or 0.0)
+def _difference(report: Report) -> str:
+    """How the Karcher mean differs from averaging scaled to the same length."""
+    gaps = {t.name: t.linear_gap for t in report.tensors if t.linear_gap and t.linear_gap >= 1}
+    if gaps:
+        worst = max(gaps, key=gaps.__getitem__)
+        return (
+            f"in {len(gaps)} of {len(report.tensors)} tensors Karcher differs from averaging "
+            f"scaled to the same length by more than {output_dtype(report)} rounding, most in {worst} "
+            f"({gaps[worst]:.2g} times as much)"
+        )
+    if any(tensor.granularity == "row" for tensor in report.tensors):
+        return "the mean is taken row by row"
     return (
-        f"in {len(gaps)} of {len(report.tensors)} tensors Karcher differs from averaging scaled to "
-        f"the same length by more than {output_dtype(report)} rounds away, at most "
-        f"{worst.linear_gap:.2g} times as much ({worst.name})"
+        "Karcher, SLERP and averaging scaled to the same length give the same weights to within "
+        f"{output_dtype(report)} rounding"
     )
 
 
@@ -106,6 +123,7 @@ def _keeps(report: Report) -> str:
 
 
 def _task_vectors(report: Report) -> list[str]:
+    """How far the differences from the base are apart, where they are more than rounding error."""
     view, rounding = report.whole_tasks, report.whole_rounding
     if view is None or rounding is None or view.linear_length is None:
         return []
@@ -114,9 +132,9 @@ def _task_vectors(report: Report) -> list[str]:
     names = ", ".join(report.models[place].name for place in noisy)
     if len(known) < 2 and noisy:
         return [
-            f"The differences of {names} from the base are hardly longer than what rounding the "
-            "files took away: the angles between them say nothing, and no merge around the base "
-            "can tell them from noise."
+            f"The differences of {names} from the base are hardly longer than the rounding error "
+            "of the files: the angles between them mean nothing, and no merge around the base can "
+            "tell them from noise."
         ]
     angles = [
         angle for i in known for j in known if j < i and (angle := view.angles[i][j]) is not None
@@ -124,33 +142,31 @@ def _task_vectors(report: Report) -> list[str]:
     if not angles:
         return []
     mean = sum(angles) / len(angles)
-    average = "" if len(angles) == 1 else " on average"
+    apart = f"{degrees(mean)} degrees apart{'' if len(angles) == 1 else ' on average'}"
     worst = max(share for place in known if (share := rounding[place]) is not None)
-    doubt = ""
     if worst >= _SOME_NOISE:
-        doubt = (
-            f" ({percent(worst)} % of their length may be rounding of the files, so do not trust "
-            "that angle)"
+        apart += (
+            f" ({percent(worst)} % of their length may be rounding error of the files, so do not "
+            "trust that angle)"
         )
     if noisy:
         return [
-            f"The task vectors of the models but {names} are {degrees(mean)} degrees apart{average}"
-            f"{doubt}; what {names} changed in the base is hardly more than rounding, and only "
-            "noise to a merge around it."
+            f"The task vectors of all models but {names} are {apart}; what {names} changed in the "
+            "base is hardly more than rounding error, and only noise to a merge around the base."
         ]
     sentence = (
-        f"Their task vectors are {degrees(mean)} degrees apart{average}{doubt}: averaging keeps "
-        f"{percent(view.linear_length)} % of their length, origin: base {_keeps(report)}."
+        f"Their task vectors are {apart}: averaging keeps {percent(view.linear_length)} % of their "
+        f"length, and origin: base keeps {_keeps(report)}."
     )
-    known_of = mean > _AGREEING and not report.settings.in_metric
-    return [sentence, _EVIDENCE] if known_of else [sentence]
+    has_evidence = mean > _AGREEING and not report.settings.in_metric
+    return [sentence, _EVIDENCE] if has_evidence else [sentence]
 
 
 def _not_unique(tensors: Sequence[Tensor]) -> list[str]:
-    lost = [tensor.name for tensor in tensors if not tensor.unique]
-    if not lost:
+    names = [tensor.name for tensor in tensors if not tensor.unique]
+    if not names:
         return []
-    shown = ", ".join(lost[:_NAMES_SHOWN])
-    more = f" and {len(lost) - _NAMES_SHOWN} more" if len(lost) > _NAMES_SHOWN else ""
-    have = "tensor has" if len(lost) == 1 else "tensors have"
-    return [f"{len(lost)} {have} no mean that is certainly unique: {shown}{more}."]
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    tensors_word = "tensor" if len(names) == 1 else "tensors"
+    return [f"The mean of {len(names)} {tensors_word} could not be proven unique: {shown}{more}."]
