@@ -107,8 +107,8 @@ def _difference(report: Report) -> str:
         worst = max(gaps, key=gaps.__getitem__)
         return (
             f"in {len(gaps)} of {len(report.tensors)} tensors Karcher differs from averaging "
-            f"scaled to the same length by more than {output_dtype(report)} rounding, most in {worst} "
-            f"({gaps[worst]:.2g} times as much)"
+            f"scaled to the same length by more than {output_dtype(report)} rounding, most in "
+            f"{worst} ({gaps[worst]:.2g} times as much)"
         )
     if any(tensor.granularity == "row" for tensor in report.tensors):
         return "the mean is taken row by row"
