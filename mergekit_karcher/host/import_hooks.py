@@ -29,8 +29,8 @@ HOOKS = {
 }
 
 
-# The modules whose hook has been called.
-_hooked: typing.List[types.ModuleType] = []
+# The modules whose hook has been called, by name.
+_hooked: typing.Dict[str, types.ModuleType] = {}
 
 
 def install() -> None:
@@ -48,31 +48,24 @@ def watch() -> None:
     """Run the hooks of the modules that are there already, and of the others when they come."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
-    # `python -m` runs a module a second time, under the name __main__.
-    for module in [*(sys.modules.get(name) for name in HOOKS), sys.modules.get("__main__")]:
-        if module is None or _name(module) not in HOOKS:
-            continue
-        if any(module is hooked for hooked in _hooked):
+    for name in HOOKS:
+        module = sys.modules.get(name)
+        if module is None or module is _hooked.get(name):
             continue
         if not getattr(module.__spec__, "_initializing", False):
             _run_hook(module)
 
 
-def _name(module: types.ModuleType) -> typing.Optional[str]:
-    return getattr(module.__spec__, "name", None) if hasattr(module, "__spec__") else None
-
-
 def _run_hook(module: types.ModuleType) -> None:
-    _hooked.append(module)
-    name = _name(module) or ""
+    _hooked[module.__name__] = module
     try:
         hooks = importlib.import_module("mergekit_karcher.host.install")
-        getattr(hooks, HOOKS[name])(module)
+        getattr(hooks, HOOKS[module.__name__])(module)
     except Exception as error:
         LOG.warning(
             "mergekit-karcher could not take its place in %s: %r; what that module does for it is "
             "missing, such as the check of parameter names.",
-            name,
+            module.__name__,
             error,
         )
 

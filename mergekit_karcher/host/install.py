@@ -102,12 +102,11 @@ def _patch(module: ModuleType, patch: Any) -> None:
     """Patch a planner, or refuse all merges of ours if it is not the one that we know."""
     if isinstance(_method("karcher"), _Refusal):
         return
-    name = module.__spec__.name if module.__spec__ is not None else module.__name__
     try:
-        compat.check(name, "mergekit.io.tasks", "mergekit.merge_methods.task_adapter")
+        compat.check(module.__name__, "mergekit.io.tasks", "mergekit.merge_methods.task_adapter")
         patch(importlib.import_module("mergekit_karcher.host.plan"))
     except Exception as error:
-        _LOG.debug("mergekit-karcher could not patch %s", name, exc_info=True)
+        _LOG.debug("mergekit-karcher could not patch a planner", exc_info=True)
         _refuse_all(str(error) if isinstance(error, KarcherError) else repr(error))
         registry = importlib.import_module("mergekit.merge_methods.registry")
         register_methods(registry)
