@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mergekit_karcher.kernels.chunks import Piece, rows_of, walk, working_device
+from mergekit_karcher.kernels.chunks import Piece, rows_of, working_device
 from mergekit_karcher.kernels.shared_metric import SharedMetric
-from mergekit_karcher.kernels.workers import in_stripes, worker_count
+from mergekit_karcher.kernels.streaming import Tensors, stream
 
 # float64 elements that a thread holds, of all N tensors together. Measured on 2 cores from 2^16
 # to 2^20: less pays for the calls, more falls out of the cache.
@@ -31,6 +33,8 @@ _LEADING_BITS = 16
 # Powers of two beyond this one are not representable together with their inverse.
 _LARGEST_EXPONENT = 1000
 
+_WIDE = (torch.float32, torch.float64)
+
 
 def grams(
     tensors: Sequence[torch.Tensor],
@@ -41,105 +45,153 @@ def grams(
     by_row: bool = False,
     exact: bool = False,
 ) -> tuple[NDArray[np.longdouble], NDArray[np.int64]]:
-    """Inner products of N >= 1 tensors of one shape and device, any floating dtypes and strides.
-
-    Returns G (R, N, N) and exponents e (R, N), on the host, with
-    <W_ri, W_rj> = G_rij 2^(e_ri + e_rj): one matrix (R = 1) of the whole tensors, or with by_row
-    one of each index of the first axis. With a base of the same shape and device, W_i is tensor i
-    minus the base, rounded to float64 and subtracted a chunk at a time; with_base adds the base
-    itself as one more vector, the last. With a metric the inner product is
-    <x, y>_G = sum_e G_e x_e y_e: chunks are scaled by sqrt(G), in float64.
+    """The inner products of N tensors, or of their differences from a base.
 
     Products of float16, bfloat16 and float32 values are exact in float64, so only their sum rounds:
-    to a few units of float64 for float32, to less for 16-bit values, which leave spare bits. With
-    exact, wide values are split into a leading part, whose products sum exactly, and a small rest:
-    for about twice the time G is then better than float64, for any inputs. The roots of a metric
-    round once, whatever exact says. float64 inputs are
-    scaled by 2^-e, which keeps their squares representable; e is 0 for others. A value that is not
-    finite makes its tensor's diagonal entry NaN or infinite.
+    to a few units of float64 for float32, to less for 16-bit values, which leave spare bits. The
+    roots of a metric round once, whatever exact says.
     Scratch: for each thread CHUNK_ELEMENTS float64 values and 2 R N N, whatever N and the size are.
     One transfer to the host, at the end.
+
+    Arguments:
+        tensors: N >= 1 of one shape and device, any floating dtypes and strides. Borrowed.
+        base: One more of them. W_i is then tensor i minus the base, rounded to float64 and
+            subtracted a chunk at a time. Borrowed.
+        with_base: Add the base itself as one more vector, the last.
+        metric: Inner products are <x, y>_G = sum_e G_e x_e y_e: chunks are scaled by sqrt(G).
+        by_row: One matrix for each index of the first axis, instead of one of the whole tensors.
+        exact: Split float32 and float64 values and differences into a leading part, whose products
+            sum exactly, and a small rest: for about twice the time G is then better than float64.
+
+    Returns:
+        G (R, N, N) and exponents e (R, N), on the host, with <W_ri, W_rj> = G_rij 2^(e_ri + e_rj);
+        R is 1 without by_row. float64 inputs are scaled by 2^-e, which keeps their squares
+        representable; without them and a metric e is 0. A value that is not finite makes its
+        tensor's diagonal entry NaN or infinite.
     """
-    everything = [*tensors, *(() if base is None else (base,))]
-    held, size = len(everything), tensors[0].numel()
-    count = held if with_base else len(tensors)
+    read = [*tensors, *(() if base is None else (base,))]
+    count = len(read) if with_base else len(tensors)
     rows = tensors[0].shape[0] if by_row else 1
-    if size == 0:
+    if tensors[0].numel() == 0:
         return np.zeros((rows, count, count), np.longdouble), np.zeros((rows, count), np.int64)
-    device = working_device(tensors[0].device)
-    dtypes = {tensor.dtype for tensor in everything}
-    # Differences have more bits than what they are of.
-    split = exact and (base is not None or bool(dtypes & {torch.float32, torch.float64}))
-    room = CHUNK_ELEMENTS // (held * (1 + split) + (metric is not None))
-    summed = min(_SUM_ELEMENTS, size, max(1, room))
-    limit = min(max(1, room // summed), math.ceil(size / summed)) * summed
-    metrics = () if metric is None else metric.tensors
-    views, pieces = walk([*everything, *metrics], limit, by_row=by_row)
-    views, metric_views = views[:held], views[held:]
-    # Rows are padded to whole sums, by less than one element a sum.
-    padded = limit + (limit // summed + 1 if by_row else 0)
-
-    scaled = torch.float64 in dtypes
-    exponents = torch.zeros(rows, held, dtype=torch.float64, device=device)
-    for column, view in enumerate(views) if scaled else ():
-        if view.dtype == torch.float64 or base is not None:
-            exponents[:, column] = _exponents(view, pieces, rows, device)
-    if base is not None:
-        exponents = torch.maximum(exponents, exponents[:, -1:])[:, :count]
-    scales = torch.ldexp(torch.ones_like(exponents), -exponents)
-    workers = worker_count(device, len(pieces))
-    buffers = torch.empty(workers, 1 + split, held * padded, dtype=torch.float64, device=device)
-    roots = buffers.new_empty(workers, 0 if metric is None else padded)
-    sums = torch.zeros(workers, 2, rows, count, count, dtype=torch.float64, device=device)
-
-    def add_up(worker: int, pieces: Sequence[Piece]) -> None:
-        for piece in pieces:
-            parts = [piece.of(view) for view in views]
-            here = rows_of(piece) if by_row else slice(0, 1)
-            height = here.stop - here.start
-            width = parts[0].numel() // height
-            # Sums of equal length, so that what pads the last one of a row is short.
-            times = math.ceil(width / summed)
-            used = times * (math.ceil(width / times) if by_row else summed)
-            x, h = (
-                buffers[worker, side, : held * height * used].view(held, height, used)
-                for side in (0, -1)
-            )
-            x[:, :, width:].zero_()
-            # One call for all N: thousands of copies a tensor would pay for the calls.
-            filled = [part[:, :width].view(parts[0].shape) for part in x]
-            torch._foreach_copy_(filled, parts)
-            if base is not None:
-                x[:-1].sub_(x[-1])
-            x, h = x[:count], h[:count]
-            if scaled:
-                x.mul_(scales[here].T[:, :, None])
-            if metric is not None:
-                root = roots[worker, : height * width].view(parts[0].shape)
-                metric.roots([piece.of(view) for view in metric_views], root)
-                x[:, :, :width].mul_(root.view(height, width))
-            if split:
-                # Adding and taking away a large number rounds to a grid.
-                peak = torch.abs(x, out=h).amax(2, keepdim=True)
-                exponent = torch.frexp(peak).exponent + (52 - _LEADING_BITS)
-                grid = torch.ldexp(torch.full_like(peak, 1.5), exponent)
-                torch.add(x, grid, out=h).sub_(grid)
-                x.sub_(h)
-            high, low = sums[worker, :, here]
-            _add_exactly(high, low, _lower_products(h, h, times))
-            if split:
-                # x x' = h h' + half of (r (2h + r)' + its transpose), with r = x - h, now in x.
-                h.mul_(2).add_(x)
-                low.add_(_lower_products(x, h, times), alpha=0.5)
-                low.add_(_lower_products(h, x, times), alpha=0.5)
-
-    in_stripes(add_up, pieces, device, held * size)
+    exponents = _exponents(read, rows, based=base is not None, by_row=by_row)[:, :count]
+    sums = _sums(read, exponents, metric, based=base is not None, by_row=by_row, exact=exact)
     flat = torch.cat([sums.flatten(), exponents.flatten()]).cpu().numpy()
-    host = flat[: sums.numel()].reshape(sums.shape)
-    lower = np.tril(host.astype(np.longdouble).sum((0, 1)))
+    lower = np.tril(flat[: sums.numel()].reshape(sums.shape).astype(np.longdouble).sum((0, 1)))
     symmetric = lower + np.tril(lower, -1).transpose(0, 2, 1)
     powers = flat[sums.numel() :].reshape(rows, count).astype(np.int64)
     return symmetric, powers if metric is None else powers + metric.exponent
+
+
+def _sums(
+    read: Sequence[torch.Tensor],
+    exponents: torch.Tensor,
+    metric: SharedMetric | None,
+    *,
+    based: bool,
+    by_row: bool,
+    exact: bool,
+) -> torch.Tensor:
+    """The lower triangles of the Gram matrices, (workers, 2, R, N, N), of vectors scaled by 2^-e.
+
+    Of each worker those of the leading parts, and the rest. exponents: e (R, N).
+    """
+    rows, count = exponents.shape
+    # Differences have more bits than what they are of.
+    split = exact and (based or any(tensor.dtype in _WIDE for tensor in read))
+    scaled = any(tensor.dtype == torch.float64 for tensor in read)
+    scales = torch.ldexp(torch.ones_like(exponents), -exponents) if scaled else None
+    layout = _layout(read[0].numel(), len(read) * (1 + split) + (metric is not None))
+    # Rows are padded to whole sums, by less than one element a sum.
+    padded = layout.limit + (layout.limit // layout.summed + 1 if by_row else 0)
+    kernel = _InnerProducts(len(read), count, layout.summed, scales, metric, based, split, by_row)
+    return stream(
+        kernel.add_piece,
+        [*read, *(() if metric is None else metric.tensors)],
+        layout.limit,
+        scratch=[(1 + split, len(read) * padded), (0 if metric is None else padded,)],
+        sums=(2, rows, count, count),
+        by_row=by_row,
+    )
+
+
+class _Layout(NamedTuple):
+    summed: int  # elements that one matrix product sums
+    limit: int  # elements a piece of one tensor: as many whole sums as there is room for
+
+
+def _layout(size: int, buffers: int) -> _Layout:
+    """For tensors of that size, and as many buffers in the scratch of a thread."""
+    room = CHUNK_ELEMENTS // buffers
+    summed = min(_SUM_ELEMENTS, size, max(1, room))
+    return _Layout(summed, min(max(1, room // summed), math.ceil(size / summed)) * summed)
+
+
+@dataclass(frozen=True, eq=False)
+class _InnerProducts:
+    """The kernel: the inner products of one piece."""
+
+    held: int  # how many tensors are read, the base last
+    count: int  # how many vectors there are: the first of them, or all
+    summed: int
+    scales: torch.Tensor | None  # (R, count)
+    metric: SharedMetric | None
+    based: bool
+    split: bool
+    by_row: bool
+
+    def add_piece(self, piece: Piece, parts: Tensors, scratch: Tensors, sums: torch.Tensor) -> None:
+        """Add the lower triangles of the piece's Gram matrices to sums (2, R, N, N)."""
+        rows = rows_of(piece) if self.by_row else slice(0, 1)
+        height = rows.stop - rows.start
+        width = parts[0].numel() // height
+        # Sums of equal length, so that what pads the last one of a row is short.
+        times = math.ceil(width / self.summed)
+        used = times * (math.ceil(width / times) if self.by_row else self.summed)
+        x, h = (
+            buffer[: self.held * height * used].view(self.held, height, used)
+            for buffer in (scratch[0][0], scratch[0][-1])
+        )
+        x[:, :, width:].zero_()
+        self._fill(x, width, rows, parts, scratch[1])
+        x, h = x[: self.count], h[: self.count]
+        if self.split:
+            _split(x, h)
+        high, low = sums[:, rows]
+        _add_exactly(high, low, _lower_products(h, h, times))
+        if self.split:
+            # x x' = h h' + half of (r (2h + r)' + its transpose), with r = x - h, now in x.
+            h.mul_(2).add_(x)
+            low.add_(_lower_products(x, h, times), alpha=0.5)
+            low.add_(_lower_products(h, x, times), alpha=0.5)
+
+    def _fill(
+        self, x: torch.Tensor, width: int, rows: slice, parts: Tensors, root: torch.Tensor
+    ) -> None:
+        """Make x (N, rows, used) the vectors, in float64, the first width columns of it."""
+        shape, height = parts[0].shape, x.shape[1]
+        # One call for all N: thousands of copies a tensor would pay for the calls.
+        filled = [vector[:, :width].view(shape) for vector in x]
+        torch._foreach_copy_(filled, parts[: self.held])
+        if self.based:
+            x[:-1].sub_(x[-1])
+        vectors = x[: self.count]
+        if self.scales is not None:
+            vectors.mul_(self.scales[rows].T[:, :, None])
+        if self.metric is not None:
+            root = root[: height * width].view(shape)
+            self.metric.roots(parts[self.held :], root)
+            vectors[:, :, :width].mul_(root.view(height, width))
+
+
+def _split(x: torch.Tensor, h: torch.Tensor) -> None:
+    """Make h the leading part of each value of x, and x the rest of it."""
+    # Adding and taking away a large number rounds to a grid.
+    peak = torch.abs(x, out=h).amax(2, keepdim=True)
+    exponent = torch.frexp(peak).exponent + (52 - _LEADING_BITS)
+    grid = torch.ldexp(torch.full_like(peak, 1.5), exponent)
+    torch.add(x, grid, out=h).sub_(grid)
+    x.sub_(h)
 
 
 def _lower_products(left: torch.Tensor, right: torch.Tensor, times: int) -> torch.Tensor:
@@ -167,21 +219,31 @@ def _add_exactly(high: torch.Tensor, low: torch.Tensor, part: torch.Tensor) -> N
 
 
 def _exponents(
-    view: torch.Tensor, pieces: Sequence[Piece], rows: int, device: torch.device
+    tensors: Sequence[torch.Tensor], rows: int, *, based: bool, by_row: bool
 ) -> torch.Tensor:
-    """The powers of two at or above the largest magnitudes of the rows, (R,); 0 where all are 0."""
-    workers = worker_count(device, len(pieces))
-    peaks = torch.zeros(workers, rows, dtype=torch.float64, device=device)
+    """The powers of two that the tensors are scaled down by, (R, number of tensors), float64.
 
-    def peak(worker: int, pieces: Sequence[Piece]) -> None:
-        for piece in pieces:
-            here = rows_of(piece) if rows > 1 else slice(0, 1)
-            part = piece.of(view)
-            axes = tuple(range(1, part.ndim)) if here.stop - here.start == len(part) else None
-            largest = torch.maximum(part.amax(axes or ()), -part.amin(axes or ()))
-            target = peaks[worker, here]
-            torch.maximum(target, largest.to(device), out=target)
+    They are those at or above the largest magnitudes of the rows; 0 where all are 0, and for
+    tensors whose squares float64 holds anyway. Differences from a base have that of the larger.
+    """
+    device = working_device(tensors[0].device)
+    result = torch.zeros(rows, len(tensors), dtype=torch.float64, device=device)
+    wide = [index for index, tensor in enumerate(tensors) if tensor.dtype == torch.float64]
+    if not wide:
+        return result
+    chosen = list(range(len(tensors))) if based else wide
 
-    in_stripes(peak, pieces, device, view.numel())
-    exponent = torch.frexp(peaks.amax(0)).exponent
-    return exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    def keep_largest(piece: Piece, parts: Tensors, _: Tensors, peaks: torch.Tensor) -> None:
+        here = rows_of(piece) if by_row else slice(0, 1)
+        for part, peak in zip(parts, peaks, strict=True):
+            axes = tuple(range(1 if by_row and not piece.leading else 0, part.ndim))
+            largest = torch.maximum(part.amax(axes), -part.amin(axes))
+            torch.maximum(peak[here], largest.to(peak.device), out=peak[here])
+
+    read = [tensors[index] for index in chosen]
+    limit = max(1, CHUNK_ELEMENTS // len(read))
+    peaks = stream(keep_largest, read, limit, sums=(len(chosen), rows), by_row=by_row).amax(0)
+    exponents = torch.frexp(peaks).exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    for index, exponent in zip(chosen, exponents, strict=True):
+        result[:, index] = exponent
+    return torch.maximum(result, result[:, -1:]) if based else result

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_karcher.kernels.chunks import Piece, walk, working_device
-from mergekit_karcher.kernels.workers import in_stripes, worker_count
+from mergekit_karcher.kernels.chunks import Piece
+from mergekit_karcher.kernels.streaming import Tensors, shaped_as, stream
 
 # Elements a piece: four float64 buffers of that size stay in the cache.
 CHUNK_ELEMENTS = 1 << 16
@@ -20,43 +20,40 @@ def precision_mean(
     floors: Sequence[float],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """sum_k w_k (G_k + f_k) W_k / sum_k w_k (G_k + f_k), element by element, as a new tensor.
+    """sum_k w_k (G_k + f_k) W_k / sum_k w_k (G_k + f_k), element by element.
 
-    tensors, metrics: N >= 1 of one shape and device, any floating dtypes and strides; borrowed; a
-    metric of None is one everywhere. The denominator must be positive. Sums and the quotient run in
-    float64, and are rounded once.
+    Sums and the quotient run in float64, and are rounded once.
     Scratch: for each thread 4 CHUNK_ELEMENTS float64 values, whatever N is.
+
+    Arguments:
+        tensors: The W_k, N >= 1 of one shape and device, any floating dtypes and strides. Borrowed.
+        metrics: The G_k, of that shape and device, any floating dtypes and strides; None is one
+            everywhere, without a floor. Borrowed.
+        weights: The w_k.
+        floors: The f_k. The denominator must be positive at every element.
+        dtype: That of the result.
+
+    Returns:
+        A new, contiguous tensor.
     """
     first = tensors[0]
     result = torch.empty(first.shape, dtype=dtype, device=first.device)
     given = [metric for metric in metrics if metric is not None]
-    device = working_device(first.device)
-    (target, *views), pieces = walk([result, *tensors, *given], CHUNK_ELEMENTS)
-    sources, rest = views[: len(tensors)], iter(views[len(tensors) :])
-    precisions = [None if metric is None else next(rest) for metric in metrics]
-    size = min(CHUNK_ELEMENTS, first.numel())
-    buffers = torch.empty(
-        worker_count(device, len(pieces)), 4, size, dtype=torch.float64, device=device
-    )
 
-    def add_up(worker: int, pieces: Sequence[Piece]) -> None:
-        for piece in pieces:
-            part = piece.of(target)
-            above, below, precision, value = (
-                buffer[: part.numel()].view(part.shape) for buffer in buffers[worker]
-            )
-            above.zero_()
-            below.zero_()
-            for source, metric, weight, floor in zip(
-                sources, precisions, weights, floors, strict=True
-            ):
-                if metric is None:
-                    precision.fill_(weight)
-                else:
-                    precision.copy_(piece.of(metric)).add_(floor).mul_(weight)
-                below.add_(precision)
-                above.addcmul_(value.copy_(piece.of(source)), precision)
-            part.copy_(above.div_(below))
+    def fill_piece(_: Piece, parts: Tensors, scratch: Tensors, __: torch.Tensor) -> None:
+        target, metric_parts = parts[-1], iter(parts[len(tensors) :])
+        above, below, precision, value = shaped_as(target, scratch[0])
+        above.zero_()
+        below.zero_()
+        for part, metric, weight, floor in zip(parts, metrics, weights, floors, strict=False):
+            if metric is None:
+                precision.fill_(weight)
+            else:
+                precision.copy_(next(metric_parts)).add_(floor).mul_(weight)
+            below.add_(precision)
+            above.addcmul_(value.copy_(part), precision)
+        target.copy_(above.div_(below))
 
-    in_stripes(add_up, pieces, device, len(views) * first.numel())
+    shape = (4, min(CHUNK_ELEMENTS, first.numel()))
+    stream(fill_piece, [*tensors, *given], CHUNK_ELEMENTS, out=result, scratch=[shape])
     return result

@@ -14,13 +14,10 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TypeVar
 
 import torch
 
 from mergekit_karcher.kernels.chunks import Piece
-
-T = TypeVar("T")
 
 # More would not be faster: the passes are bound by memory bandwidth. It also bounds the scratch.
 _MOST_WORKERS = 8
@@ -30,35 +27,42 @@ _serial_values = 1 << 15
 
 
 def worker_count(device: torch.device, pieces: int) -> int:
-    """How many stripes `in_stripes` cuts that many pieces into on that device."""
+    """How many stripes that many pieces on that device are cut into, one for each worker."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     return max(1, min(threads, _MOST_WORKERS, pieces))
 
 
 def in_stripes(
-    work: Callable[[int, Sequence[Piece]], T],
+    work: Callable[[int, Sequence[Piece]], None],
     pieces: Sequence[Piece],
     device: torch.device,
     values: int,
-) -> list[T]:
-    """work(stripe number, its pieces) for every stripe, in order; on the CPU in parallel.
+) -> None:
+    """Share the pieces among `worker_count` workers; on the CPU each has a thread.
 
-    values: how many the whole work reads; for few of them, waking a thread costs more than it
-    saves. The threads share no state but what work brings along. They record no gradients.
+    Arguments:
+        work: Is called once for each worker, with its number and its pieces, in no order. The
+            threads share no state but what work brings along, and record no gradients.
+        pieces: All pieces of the pass.
+        device: Where the pass works.
+        values: How many elements the whole pass reads; for few of them, waking a thread costs more
+            than it saves, and the calling thread works through all stripes.
     """
     count = worker_count(device, len(pieces))
     edges = [len(pieces) * index // count for index in range(count + 1)]
     stripes = [pieces[start:stop] for start, stop in itertools.pairwise(edges)]
     inference = torch.is_inference_mode_enabled()
 
-    def run(index: int) -> T:
+    def run(index: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            return work(index, stripes[index])
+            work(index, stripes[index])
 
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or values <= _serial_values:
-        return [run(index) for index in range(count)]
-    return list(_pool(threads).map(run, range(count)))
+        for index in range(count):
+            run(index)
+    else:
+        list(_pool(threads).map(run, range(count)))  # the list raises what a worker raised
 
 
 @cache
