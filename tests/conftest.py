@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner
 from mergekit.scripts import merge_raw_pytorch, multimerge, run_yaml
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_models import WORDS, small_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -82,6 +83,42 @@ def three_models(tmp_path_factory):
     """Paths of three models of one architecture and vocabulary."""
     folder = tmp_path_factory.mktemp("models")
     return [llama(folder / name, seed) for seed, name in enumerate("abc")]
+
+
+@pytest.fixture(scope="session")
+def close_models(tmp_path_factory):
+    """A base and three models near it, in float32: task vectors of 2 % in random directions."""
+    folder = tmp_path_factory.mktemp("close")
+    base = llama(folder / "base", 0, dtype=torch.float32)
+    paths = [base]
+    for seed in range(1, 4):
+        path = Path(shutil.copytree(base, folder / f"tune{seed}"))
+        generator = torch.Generator().manual_seed(seed)
+        for file in path.glob("*.safetensors"):
+            tensors = {
+                name: t
+                + 0.02 * t.std(correction=0) * torch.randn(t.shape, generator=generator)
+                + (0.01 * torch.randn(t.shape, generator=generator) if t.ndim == 1 else 0)
+                for name, t in load_file(file).items()
+            }
+            save_file(tensors, file, metadata={"format": "pt"})
+        paths.append(str(path))
+    return paths
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """Run our command; returns click's result."""
+
+    def run(*arguments, config=None, **environment):
+        arguments = [str(argument) for argument in arguments]
+        if config is not None:
+            path = tmp_path / "report.yml"
+            path.write_text(yaml.safe_dump(config))
+            arguments.insert(1, str(path))
+        return CliRunner().invoke(main, arguments, env=environment)
+
+    return run
 
 
 @pytest.fixture

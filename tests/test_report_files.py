@@ -1,0 +1,149 @@
+"""Reports that a merge or the command writes, and where they are written."""
+
+from __future__ import annotations
+
+import builtins
+import json
+
+import pytest
+import torch
+from configs import config_for
+from conftest import weights_of
+
+from mergekit_karcher.report.schema import Report
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "model"])
+@pytest.mark.parametrize("origin", ["zero", "base"])
+def test_a_merge_writes_the_same_report_and_the_same_weights(
+    close_models, cli, merge, tmp_path, monkeypatch, granularity, origin
+):
+    base, *models = close_models
+    config = config_for(models, [1, 2, 1], base=base, origin=origin, granularity=granularity)
+    plain = merge(config, name="plain").weights
+    monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(tmp_path / "seen"))
+    for name, tensor in merge(config, name="watched").weights.items():
+        assert torch.equal(tensor, plain[name]), name
+    monkeypatch.delenv("MERGEKIT_KARCHER_REPORT")
+    written = json.loads((tmp_path / "seen" / "report.json").read_text())
+    asked = cli("report", "--json", config=config)
+    assert written == json.loads(asked.stdout)
+    assert (tmp_path / "seen" / "report.md").is_file()
+    assert (tmp_path / "seen" / "angles.png").is_file()
+    tensors = {tensor["name"]: tensor for tensor in written["tensors"]}
+    assert set(tensors) == set(plain)
+    one = tensors["model.layers.0.mlp.up_proj.weight"]
+    if granularity == "row":
+        assert one["coefficients"] is None
+        assert one["linear_gap"] is None
+    else:
+        k = [value for value in one["coefficients"] if value is not None]
+        participants = models if origin == "base" else [*models, base]
+        inputs = [weights_of(model)[one["name"]].double() for model in participants]
+        start = weights_of(base)[one["name"]].double() if origin == "base" else 0 * inputs[0]
+        again = start + sum(c * (w - start) for c, w in zip(k, inputs, strict=True))
+        torch.testing.assert_close(again.float(), plain[one["name"]], rtol=0, atol=1e-7)
+    if granularity == "model":
+        assert len({tuple(t["coefficients"]) for t in written["tensors"]}) == 1
+
+
+def test_a_merge_with_a_model_of_weight_zero_reports_the_others(
+    close_models, cli, merge, tmp_path, monkeypatch
+):
+    config = config_for(close_models[1:], [1, 0, 2])
+    monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(tmp_path / "seen"))
+    assert merge(config).weights
+    monkeypatch.delenv("MERGEKIT_KARCHER_REPORT")
+    written = json.loads((tmp_path / "seen" / "report.json").read_text())
+    assert written == json.loads(cli("report", "--json", config=config).stdout)
+    assert written["tensors"][0]["coefficients"][1] is None
+    assert written["verdict"].startswith("These two models are ")
+
+
+def test_files_and_the_terminal(close_models, cli, tmp_path):
+    base, *models = close_models
+    out = tmp_path / "deep" / "geometry"
+    config = config_for(models, base=base, origin="base")
+    result = cli("report", "--out", out, config=config)
+    assert result.exit_code == 0, result.output
+    report = Report.model_validate_json((out / "report.json").read_text())
+    words = " ".join(result.stdout.split())
+    assert report.verdict in words
+    assert "\x1b" not in result.stdout
+    for heading in ("angle", "spread", "not unique", "task angle", "kept, %"):
+        assert heading in words
+    text = (out / "report.md").read_text()
+    assert report.verdict in text
+    for picture in ("angles.png", "models.png", "lengths.png"):
+        assert f"]({picture})" in text
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path) not in text + (out / "report.json").read_text()
+    quiet = cli("report", "--quiet", "--out", out, config=config)
+    assert quiet.stderr == ""
+    assert quiet.stdout == result.stdout
+
+
+def test_without_matplotlib_the_text_is_written(close_models, cli, tmp_path, monkeypatch, merge):
+    true_import = builtins.__import__
+
+    def no_matplotlib(name, *rest, **named):
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return true_import(name, *rest, **named)
+
+    config = config_for(close_models[1:])
+    assert cli("report", "--out", tmp_path / "seen", config=config).exit_code == 0
+    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
+    result = cli("report", "--out", tmp_path / "seen", config=config)
+    assert result.exit_code == 0
+    assert "pip install 'mergekit-karcher[report]'" in result.stderr
+    assert (tmp_path / "seen" / "report.json").is_file()
+    assert not list((tmp_path / "seen").glob("*.png"))
+    assert "![" not in (tmp_path / "seen" / "report.md").read_text()
+
+
+def test_stages_get_folders_of_their_own(close_models, merge, tmp_path, monkeypatch):
+    monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(tmp_path / "seen"))
+    first = config_for(close_models[1:3], name="pair")
+    second = config_for(["pair", close_models[3]])
+    outcome = merge([first, second], command="mergekit-multi")
+    assert outcome.weights
+    assert sorted(path.name for path in (tmp_path / "seen").iterdir()) == ["merged", "pair"]
+    assert (tmp_path / "seen" / "merged" / "report.json").is_file()
+
+
+def test_a_folder_that_cannot_be_made_stops_the_merge_before_it_starts(
+    close_models, merge, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(tmp_path / "file" / "seen"))
+    outcome = merge(config_for(close_models[1:]))
+    assert outcome.exit_code == 1
+    assert "The report cannot be written to" in outcome.output
+    assert not outcome.out.exists()
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_report_that_cannot_be_written_in_the_end_leaves_the_merge_whole(
+    close_models, merge, tmp_path, monkeypatch, caplog, kind
+):
+    def full(*_):
+        raise kind("No space left on device")
+
+    monkeypatch.setattr("mergekit_karcher.host.tasks.write", full)
+    monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(tmp_path / "seen"))
+    outcome = merge(config_for(close_models[1:]))
+    assert outcome.weights
+    assert (outcome.out / "config.json").is_file()
+    assert "The report was not written to" in caplog.text
+    assert "No space left" in caplog.text
+
+
+def test_another_method_with_the_variable_set_is_warned_of(
+    close_models, merge, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(tmp_path / "seen"))
+    config = config_for(close_models[1:3], merge_method="linear")
+    assert merge(config).weights
+    assert "only merges by karcher write a report" in caplog.text
+    assert not (tmp_path / "seen").exists()

@@ -1,0 +1,111 @@
+"""What the verdict says of models whose geometry is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from configs import config_for
+from reports import report_of
+from safetensors.torch import save_file
+
+VERDICTS = {
+    "equal": "These two models are the same",
+    "close": "give the same weights to within bfloat16 rounding",
+    "strangers": "like strangers: plain averaging keeps",
+    "noise": "no merge around the base can tell them from noise",
+    "antipodal": "could not be proven unique: layer.weight",
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_verdicts(case, cli, tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    base, *noise = torch.randn(4, 300, 200, generator=generator)
+    if case == "equal":
+        tensors = [base, base]
+    elif case == "close":
+        tensors = [base + 1e-3 * n for n in noise]
+    elif case == "strangers":
+        tensors = noise
+    elif case == "noise":
+        tensors = [(base.bfloat16().float() + 1e-4 * n).bfloat16() for n in noise]
+    else:
+        tensors = [base, -base, noise[0] / 50 - base]
+    for index, tensor in enumerate(tensors):
+        save_file({"layer.weight": tensor}, tmp_path / f"m{index}.safetensors")
+    save_file({"layer.weight": base.bfloat16().float()}, tmp_path / "base.safetensors")
+    models = [str(tmp_path / f"m{index}.safetensors") for index in range(len(tensors))]
+    around = {"base": str(tmp_path / "base.safetensors"), "origin": "base"}
+    config = config_for(models, out_dtype="bfloat16", **(around if case == "noise" else {}))
+    report = report_of(cli("report", "--json", config=config))
+    said = {other for other, words in VERDICTS.items() if words in report.verdict}
+    assert said == {case} | {"noise": {"close"}, "antipodal": {"strangers"}}.get(case, set())
+
+
+def test_the_length_that_averaging_loses_is_what_the_verdict_says(cli, tmp_path):
+    """Three orthogonal task vectors keep 1/sqrt(3)."""
+    base = torch.zeros(4, 6)
+    base[3] = 100
+    for index in range(3):
+        tensor = base.clone()
+        tensor[index] += 1
+        save_file({"layer.weight": tensor}, tmp_path / f"m{index}.safetensors")
+    save_file({"layer.weight": base}, tmp_path / "base.safetensors")
+    models = [str(tmp_path / f"m{index}.safetensors") for index in range(3)]
+    config = config_for(models, base=str(tmp_path / "base.safetensors"), origin="base")
+    report = report_of(cli("report", "--json", config=config))
+    assert "Their task vectors are 90 degrees apart on average: averaging keeps 58 % of their " in (
+        report.verdict
+    )
+
+
+def test_one_model_that_is_noise_is_named_and_left_out(cli, tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    base, *noise = torch.randn(4, 300, 200, generator=generator)
+    base = base.bfloat16().float()
+    tensors = {
+        "far": base + noise[0] / 5,
+        "off": base + noise[1] / 5,
+        "near": base + noise[2] / 2e3,
+    }
+    for name, tensor in tensors.items():
+        save_file({"layer.weight": tensor.bfloat16()}, tmp_path / f"{name}.safetensors")
+    save_file({"layer.weight": base}, tmp_path / "base.safetensors")
+    models = [str(tmp_path / f"{name}.safetensors") for name in tensors]
+    config = config_for(models, base=str(tmp_path / "base.safetensors"), origin="base")
+    report = report_of(cli("report", "--json", config=config))
+    assert "of all models but near.safetensors are 90 degrees apart" in report.verdict
+    assert "averaging keeps" not in report.verdict
+    shares = report.whole_rounding
+    assert max(shares[:2]) < 0.1 < 0.7 < shares[2]
+
+
+def test_bf16_files_are_not_told_apart_below_their_own_rounding(cli, tmp_path):
+    generator = torch.Generator().manual_seed(3)
+    base, noise = torch.randn(2, 300, 200, generator=generator)
+    files = []
+    for index, tensor in enumerate([base, base + 1e-3 * noise]):
+        files.append(str(tmp_path / f"m{index}.safetensors"))
+        save_file({"layer.weight": tensor.bfloat16()}, files[-1])
+    report = report_of(cli("report", "--json", config=config_for(files)))
+    assert report.tensors[0].linear_gap < 1
+    assert "the same weights to within" in report.verdict
+
+
+def test_the_sphere_of_averagings_length_keeps_no_more(close_models, cli):
+    base, *models = close_models
+    config = config_for(models, base=base, origin="base", magnitude="linear")
+    assert (
+        "of their length, and origin: base keeps no more."
+        in report_of(cli("report", "--json", config=config)).verdict
+    )
+
+
+def test_a_model_and_its_double_are_not_the_same(cli, tmp_path):
+    tensor = torch.randn(20, 30)
+    for index in (1, 2):
+        save_file({"a.weight": index * tensor}, tmp_path / f"m{index}.safetensors")
+    files = [str(tmp_path / f"m{index}.safetensors") for index in (1, 2)]
+    report = report_of(cli("report", "--json", config=config_for(files)))
+    assert report.whole.angles[0][1] == 0
+    assert "are the same" not in report.verdict
