@@ -6,7 +6,7 @@ from __future__ import annotations
 _PARAMETERS = ("granularity", "origin", "magnitude", "floor", "max_iter", "tol")
 
 
-def config_for(models, weights=None, *, metrics=None, base=None, **settings):
+def config_for(models, weights=None, base=None, *, metrics=None, **settings):
     """A config that merges models by karcher in float32.
 
     weights, metrics: one for each model, None to say nothing of it; settings: parameters of the

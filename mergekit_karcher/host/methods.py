@@ -8,16 +8,10 @@ and has neither metrics nor a summary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from mergekit.merge_methods.base import (
-    BatchOptions,
-    MergeMethod,
-    MergeMethodSpec,
-    TensorEntry,
-    TensorGroup,
-)
+from mergekit.merge_methods.base import MergeMethod, MergeMethodSpec, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 
 from mergekit_karcher import __version__
@@ -34,8 +28,39 @@ from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.means.solve import combined, solve
 from mergekit_karcher.report.observation import observed
 
-# The metrics that a plan has loaded, by model; a model without one has metric: identity.
-Metrics = Mapping[Any, torch.Tensor]
+
+class TensorToMerge(NamedTuple):
+    """One output tensor, and what is known of it.
+
+    group: its inputs, of one dtype. parameters: those of the method, by name. run: the merge that
+    it is part of, which is told of it. metrics: those of the inputs that have one, by model; None
+    if the tensor is merged without metrics.
+    """
+
+    group: TensorGroup
+    parameters: Mapping[str, Any]
+    run: MergeRun
+    metrics: Mapping[Any, torch.Tensor] | None = None
+
+    def inputs(self, *, around_base: bool, without_base: bool) -> Inputs:
+        """The inputs that have a weight, checked; around_base: and their base apart."""
+        group, name = self.group, self.group.metadata.name or "the tensor"
+        if around_base and group.base is None:
+            raise no_base(name)
+        entries = group.non_base if without_base else group.entries
+        metrics = None
+        if self.metrics is not None:
+            loaded = [self.metrics.get(entry.id) for entry in entries]
+            device = entries[0].tensor.device
+            metrics = [None if metric is None else metric.to(device) for metric in loaded]
+        return checked_inputs(
+            name,
+            [entry.tensor for entry in entries],
+            [self.run.label(name, str(entry.id)) for entry in entries],
+            self.parameters["weight"].values_for(entries),
+            base=group.base.tensor if around_base else None,
+            metrics=metrics,
+        )
 
 
 class _InMemory(MergeMethod):  # type: ignore[misc]
@@ -46,36 +71,33 @@ class _InMemory(MergeMethod):  # type: ignore[misc]
     def _execute(
         self,
         groups: Sequence[TensorGroup],
-        parameters: list[dict[str, Any]],
-        options: BatchOptions,
+        parameters: Sequence[Mapping[str, Any]],
+        options: Any,
         *,
-        input_dtypes: Sequence[torch.dtype | None],
+        input_dtypes: Sequence[torch.dtype],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
         results = []
-        for group, dtype, values in zip(groups, input_dtypes, parameters, strict=True):
-            self._refuse_metrics(group, values)
-            aligned = align_dtype(group, dtype)
-            run = MergeRun("in memory", self.spec.name)
-            result = self.merge_tensor(aligned, values, run, saved_as=out_dtype)
+        for group, values, dtype in zip(groups, parameters, input_dtypes, strict=True):
+            tensor = self._tensor(group, values, dtype)
+            result = self.merge_tensor(tensor, saved_as=out_dtype)
             results.append(result if out_dtype is None else result.to(out_dtype))
         return tuple(results)
 
-    def _refuse_metrics(self, group: TensorGroup, parameters: Mapping[str, Any]) -> None:
-        metrics = parameters["metric"].values_for(group.entries)
-        if any(metrics):
+    def _tensor(
+        self, group: TensorGroup, parameters: Mapping[str, Any], dtype: torch.dtype
+    ) -> TensorToMerge:
+        if any(parameters["metric"].values_for(group.entries)):
             raise KarcherError(
                 f"merge_method: {self.spec.name} reads its metrics in mergekit's commands; in "
                 f"Python call mergekit_karcher.{self.function} with tensors and metrics."
             )
+        run = MergeRun("in memory", self.spec.name)
+        return TensorToMerge(align_dtype(group, dtype), parameters, run)
 
 
 class KarcherMerge(_InMemory):
-    """The exact weighted Karcher mean; see `mergekit_karcher.karcher_mean`.
-
-    Arguments:
-        name: What it is called in a config.
-    """
+    """The exact weighted Karcher mean, by the name that a config has for it."""
 
     function = "karcher_mean"
 
@@ -96,7 +118,7 @@ class KarcherMerge(_InMemory):
         parameters: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         out_dtype: torch.dtype | None = None,
-        batch_options: BatchOptions | None = None,
+        batch_options: Any = None,
     ) -> tuple[torch.Tensor, ...]:
         """Merge tensors in memory; with granularity model the groups are the whole model."""
         groups = tuple(groups)
@@ -104,31 +126,21 @@ class KarcherMerge(_InMemory):
         if any(values["granularity"] == "model" for values in bound):
             return self._merge_whole(groups, bound, dtype, out_dtype)
         merged: tuple[torch.Tensor, ...] = super().__call__(
-            groups,
-            parameters=parameters,
-            dtype=dtype,
-            out_dtype=out_dtype,
-            batch_options=batch_options,
+            groups, parameters=parameters, dtype=dtype, out_dtype=out_dtype
         )
         return merged
 
     def merge_tensor(
         self,
-        group: TensorGroup,
-        parameters: Mapping[str, Any],
-        run: MergeRun,
+        tensor: TensorToMerge,
         *,
-        metrics: Metrics | None = None,
         mean: KarcherMean | None = None,
         saved_as: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """One output tensor.
+        """One output tensor, told to its run.
 
         Arguments:
-            group: The inputs, of one dtype.
-            parameters: Those of the method, by name.
-            run: The merge that it is part of, which is told of it.
-            metrics: Those of the inputs, if any is to have one.
+            tensor: What is to be merged.
             mean: That of the whole model, with granularity model.
             saved_as: The dtype that the result is cast to in the end.
 
@@ -138,80 +150,57 @@ class KarcherMerge(_InMemory):
         Raises:
             KarcherError: If the inputs cannot be merged.
         """
-        inputs = self._inputs(group, parameters, run, metrics)
+        inputs, run = self._inputs(tensor), tensor.run
         if mean is None:
-            if parameters["granularity"] == "model":
+            if tensor.parameters["granularity"] == "model":
                 raise KarcherError(
                     "granularity: model needs the whole plan of a merge, but this mergekit plans "
                     "merges in a way that mergekit-karcher does not know: upgrade "
                     "mergekit-karcher, or take granularity: tensor."
                 )
-            result, solution = merge(
-                inputs, settings_of(parameters), keep_products=run.watched, saved_as=saved_as
-            )
+            settings = settings_of(tensor.parameters)
+            result, solution = merge(inputs, settings, keep_products=run.watched, saved_as=saved_as)
             mean = solution.mean
-            self._observe(group, inputs, solution.products, run)
+            self._observe(tensor, inputs, solution.products)
         else:
             result = combined(inputs, mean, saved_as)
-        run.record(inputs.name, mean, len(group.entries))
+        run.record(inputs.name, mean, len(tensor.group.entries))
         return result
 
-    def measure(
-        self,
-        group: TensorGroup,
-        parameters: Mapping[str, Any],
-        run: MergeRun,
-        metrics: Metrics | None,
-    ) -> None:
-        """The mean of one tensor, told to the run like that of a merge, without an output."""
-        inputs = self._inputs(group, parameters, run, metrics)
-        solution = solve(inputs, settings_of(parameters), keep_products=run.watched)
-        self._observe(group, inputs, solution.products, run)
-        run.record(inputs.name, solution.mean, len(group.entries))
+    def measure(self, tensor: TensorToMerge) -> None:
+        """The mean of one tensor, told to its run like that of a merge, without an output."""
+        inputs, run = self._inputs(tensor), tensor.run
+        solution = solve(inputs, settings_of(tensor.parameters), keep_products=run.watched)
+        self._observe(tensor, inputs, solution.products)
+        run.record(inputs.name, solution.mean, len(tensor.group.entries))
 
-    def products(
-        self,
-        group: TensorGroup,
-        parameters: Mapping[str, Any],
-        run: MergeRun,
-        metrics: Metrics | None,
-    ) -> Products:
-        """One tensor's part of the inner products of whole models that have a weight."""
-        inputs = self._inputs(group, parameters, run, metrics)
+    def products(self, tensor: TensorToMerge) -> Products:
+        """One tensor's part of the inner products of the models that have a weight."""
+        inputs, watched = self._inputs(tensor), tensor.run.watched
         exact = needs_exact(inputs.tensors)
-        products = products_of(inputs, with_base=run.watched, exact=exact)
-        self._observe(group, inputs, (products,) if run.watched else (), run)
+        products = products_of(inputs, with_base=watched, exact=exact)
+        self._observe(tensor, inputs, [products] if watched else [])
         return products.of(slice(len(inputs.tensors)))
 
-    def _inputs(
-        self,
-        group: TensorGroup,
-        parameters: Mapping[str, Any],
-        run: MergeRun,
-        metrics: Metrics | None,
-    ) -> Inputs:
-        name = group.metadata.name or "the tensor"
-        around_base = parameters["origin"] == "base"
-        if around_base and group.base is None:
-            raise no_base(name)
-        base = group.base.tensor if around_base else None
-        inputs = _checked(group, parameters, run, metrics, around_base, base)
-        if base is not None:
-            run.warn_of_16_bits(name, {str(tensor.dtype) for tensor in (*inputs.tensors, base)})
-        whole = parameters["granularity"] == "model"
+    def _inputs(self, tensor: TensorToMerge) -> Inputs:
+        around_base = tensor.parameters["origin"] == "base"
+        whole = tensor.parameters["granularity"] == "model"
+        inputs = tensor.inputs(around_base=around_base, without_base=around_base)
+        if inputs.base is not None:
+            dtypes = {str(one.dtype) for one in (*inputs.tensors, inputs.base)}
+            tensor.run.warn_of_16_bits(inputs.name, dtypes)
         if inputs.metrics_are_zero and not whole:
-            run.note_zero_metrics(name)
-        return inputs.sharing_a_metric(parameters["floor"], always=whole)
+            tensor.run.note_zero_metrics(inputs.name)
+        return inputs.sharing_a_metric(tensor.parameters["floor"], always=whole)
 
-    def _observe(
-        self, group: TensorGroup, inputs: Inputs, products: Sequence[Products], run: MergeRun
-    ) -> None:
+    def _observe(self, tensor: TensorToMerge, inputs: Inputs, products: Sequence[Products]) -> None:
         """Tell a run that is to be reported on what the inputs look like to each other."""
+        group = tensor.group
         entries = group.entries if inputs.base is None else group.non_base
         models = [str(entries[place].id) for place in inputs.places]
         base = None if group.base is None else str(group.base.id)
-        for of_tensor in products:
-            run.observe(observed(inputs, of_tensor, models, base))
+        for of_inputs in products:
+            tensor.run.observe(observed(inputs, of_inputs, models, base))
 
     def _merge_whole(
         self,
@@ -221,23 +210,21 @@ class KarcherMerge(_InMemory):
         out_dtype: torch.dtype | None,
     ) -> tuple[torch.Tensor, ...]:
         check_uniform(parameters)
-        run = MergeRun("in memory", self.spec.name)
-        parts = []
-        for group, values in zip(groups, parameters, strict=True):
-            self._refuse_metrics(group, values)
-            aligned = align_dtype(group, dtype or promoted_dtype(group))
-            parts.append(self._inputs(aligned, values, run, None))
+        parts = [
+            self._inputs(self._tensor(group, values, dtype or promoted_dtype(group)))
+            for group, values in zip(groups, parameters, strict=True)
+        ]
         counted = _counted_once(groups, parts)
         merged, _ = merge_whole(parts, settings_of(parameters[0]), counted)
         if out_dtype is None:
             return tuple(merged)
-        for tensor, inputs in zip(merged, parts, strict=True):
-            check_result(tensor, inputs, out_dtype)
-        return tuple(tensor.to(out_dtype) for tensor in merged)
+        for result, inputs in zip(merged, parts, strict=True):
+            check_result(result, inputs, out_dtype)
+        return tuple(result.to(out_dtype) for result in merged)
 
 
 class FisherMerge(_InMemory):
-    """The precision-weighted mean; see `mergekit_karcher.fisher_mean`.
+    """The precision-weighted mean.
 
     The mean of the differences from a base, added to the base, is the mean of the others: so with
     origin: base the base takes no part. In memory, without metrics, all elements count alike.
@@ -254,60 +241,27 @@ class FisherMerge(_InMemory):
         )
 
     def merge_tensor(
-        self,
-        group: TensorGroup,
-        parameters: Mapping[str, Any],
-        run: MergeRun,
-        *,
-        metrics: Metrics | None = None,
-        saved_as: torch.dtype | None = None,
+        self, tensor: TensorToMerge, *, saved_as: torch.dtype | None = None
     ) -> torch.Tensor:
-        """One output tensor; arguments, result and errors are those of `KarcherMerge`."""
-        inputs = _checked(group, parameters, run, metrics, parameters["origin"] == "base", None)
+        """One output tensor, told to its run; as by `KarcherMerge.merge_tensor`."""
+        without_base = tensor.parameters["origin"] == "base"
+        inputs = tensor.inputs(around_base=False, without_base=without_base)
         if inputs.metrics_are_zero:
-            run.note_zero_metrics(inputs.name)
-        result = precision_weighted(inputs, parameters["floor"], saved_as)
-        run.record(inputs.name, None, len(group.entries))
+            tensor.run.note_zero_metrics(inputs.name)
+        result = precision_weighted(inputs, tensor.parameters["floor"], saved_as)
+        tensor.run.record(inputs.name, None, len(tensor.group.entries))
         return result
 
 
 def make_method(name: str) -> Any:
-    """The merge method of that name, one of `NAMES` or `FISHER`."""
+    """The merge method that a config calls by that name."""
     return FisherMerge() if name == FISHER else KarcherMerge(name)
-
-
-def _checked(
-    group: TensorGroup,
-    parameters: Mapping[str, Any],
-    run: MergeRun,
-    metrics: Metrics | None,
-    without_base: bool,
-    base: torch.Tensor | None,
-) -> Inputs:
-    name = group.metadata.name or "the tensor"
-    entries: Sequence[TensorEntry] = group.non_base if without_base else group.entries
-    on_device = None
-    if metrics is not None:
-        on_device = [
-            None if entry.id not in metrics else metrics[entry.id].to(entry.tensor.device)
-            for entry in entries
-        ]
-    return checked_inputs(
-        name,
-        [entry.tensor for entry in entries],
-        [run.label(name, str(entry.id)) for entry in entries],
-        parameters["weight"].values_for(entries),
-        base=base,
-        metrics=on_device,
-    )
 
 
 def _counted_once(groups: Sequence[TensorGroup], parts: Sequence[Inputs]) -> list[bool]:
     """Whether each part counts: of tied weights, one memory in every input, the first does.
 
-    Arguments:
-        groups: As they were handed in: a cast would give tied tensors a memory of their own.
-        parts: The inputs of each.
+    groups: as they were handed in, since a cast would give tied tensors a memory of their own.
     """
     seen = set()
     counted = []

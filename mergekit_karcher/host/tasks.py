@@ -28,6 +28,7 @@ from mergekit.merge_methods.dtype import align_dtype
 from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_karcher.host.checks import weights_of
+from mergekit_karcher.host.methods import TensorToMerge
 from mergekit_karcher.host.metric_loads import MetricLoads
 from mergekit_karcher.host.parameters import settings_of
 from mergekit_karcher.means.products import Products, total
@@ -67,9 +68,9 @@ class _OfInputs(Task[Any]):  # type: ignore[misc]
         method = merge_methods.get(merge.method_name)
         group = TensorGroup(
             tuple(
-                TensorEntry(model, tensor, is_base=model == merge.base_model)
+                TensorEntry(model, tensors[model], is_base=model == merge.base_model)
                 for model in merge.model_order
-                if (tensor := tensors.get(model)) is not None
+                if tensors.get(model) is not None
             ),
             TensorMetadata.from_weight_info(merge.output_weight),
         )
@@ -90,40 +91,32 @@ class _OfInputs(Task[Any]):  # type: ignore[misc]
         if self.metrics is not None:
             metrics = {model: loaded[f"metric {model}"] for model, _ in self.metrics}
         aligned = align_dtype(group, dtype_from_name(merge.dtype))
+        tensor = TensorToMerge(aligned, parameters, self.run, metrics)
         with torch.autocast(device_type=group.tensors[0].device.type, enabled=False):
-            return self.of_tensors(method, aligned, parameters, metrics, loaded.get("mean"))
+            return self.of_tensor(method, tensor, loaded.get("mean"))
 
     def of_buffer(self, buffer: torch.Tensor) -> Any:
         """What comes of whole numbers that all inputs agree on."""
         return None
 
     @abstractmethod
-    def of_tensors(
-        self,
-        method: Any,
-        group: TensorGroup,
-        parameters: dict[str, Any],
-        metrics: Mapping[Any, torch.Tensor] | None,
-        mean: KarcherMean | None,
-    ) -> Any:
-        """What comes of floating-point inputs of one dtype."""
+    def of_tensor(self, method: Any, tensor: TensorToMerge, mean: Any) -> Any:
+        """What comes of floating-point inputs."""
 
 
 class TensorProducts(_OfInputs):
     """The inner products of the inputs of one output tensor; None for a buffer."""
 
-    def of_tensors(
-        self, method: Any, group: Any, parameters: Any, metrics: Any, mean: Any
-    ) -> Products:
-        products: Products = method.products(group, parameters, self.run, metrics)
+    def of_tensor(self, method: Any, tensor: TensorToMerge, mean: Any) -> Products:
+        products: Products = method.products(tensor)
         return products
 
 
 class TensorMean(_OfInputs):
     """The mean of the inputs of one output tensor, told to the run and not combined."""
 
-    def of_tensors(self, method: Any, group: Any, parameters: Any, metrics: Any, mean: Any) -> None:
-        method.measure(group, parameters, self.run, metrics)
+    def of_tensor(self, method: Any, tensor: TensorToMerge, mean: Any) -> None:
+        method.measure(tensor)
 
 
 class ModelMean(Task[KarcherMean]):  # type: ignore[misc]
@@ -193,18 +186,10 @@ class MergeTensor(_OfInputs):
     def of_buffer(self, buffer: torch.Tensor) -> torch.Tensor:
         return buffer
 
-    def of_tensors(
-        self, method: Any, group: Any, parameters: Any, metrics: Any, mean: Any
-    ) -> torch.Tensor:
+    def of_tensor(self, method: Any, tensor: TensorToMerge, mean: Any) -> torch.Tensor:
         more = {} if mean is None else {"mean": mean}
-        result: torch.Tensor = method.merge_tensor(
-            group,
-            parameters,
-            self.run,
-            metrics=metrics,
-            saved_as=dtype_from_name(self.saved_as),
-            **more,
-        )
+        saved_as = dtype_from_name(self.saved_as)
+        result: torch.Tensor = method.merge_tensor(tensor, saved_as=saved_as, **more)
         dtype = dtype_from_name(self.merge.out_dtype)
         return result if dtype is None else result.to(dtype)
 
