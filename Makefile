@@ -1,12 +1,12 @@
 # make demo: three tiny language models, trained here, looked at, merged, and compared.
-# make test: lint, types and all tests.
+# make test: lint, types, all tests, and mergekit's own tests with the plugin and without.
 # Both make .venv first; they need Python 3.10 or later, and a network on the first run.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test test-mergekit bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python demo/train.py
@@ -20,6 +20,10 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+	$(BIN)/python tests/mergekit_suite/run.py
+
+test-mergekit: $(VENV)/.installed
+	$(BIN)/python tests/mergekit_suite/run.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py
