@@ -30,7 +30,7 @@ def precision_mean(
         metrics: The G_k, of that shape and device, any floating dtypes and strides; None is one
             everywhere, without a floor. Borrowed.
         weights: The w_k.
-        floors: The f_k. The denominator must be positive at every element.
+        floors: The f_k >= 0. Elements whose denominator is zero get sum_k w_k W_k / sum_k w_k.
         dtype: That of the result.
 
     Returns:
@@ -39,6 +39,11 @@ def precision_mean(
     first = tensors[0]
     result = torch.empty(first.shape, dtype=dtype, device=first.device)
     given = [metric for metric in metrics if metric is not None]
+    total = sum(weights)
+    positive = any(
+        metric is None or floor * weight > 0
+        for metric, weight, floor in zip(metrics, weights, floors, strict=True)
+    )
 
     def fill_piece(_: Piece, parts: Tensors, scratch: Tensors, __: torch.Tensor) -> None:
         target, metric_parts = parts[-1], iter(parts[len(tensors) :])
@@ -52,7 +57,13 @@ def precision_mean(
                 precision.copy_(next(metric_parts)).add_(floor).mul_(weight)
             below.add_(precision)
             above.addcmul_(value.copy_(part), precision)
-        target.copy_(above.div_(below))
+        above.div_(below)
+        if not positive and not bool(below.all()):
+            precision.zero_()
+            for part, weight in zip(parts, weights, strict=False):
+                precision.add_(value.copy_(part), alpha=weight / total)
+            torch.where(below == 0, precision, above, out=above)
+        target.copy_(above)
 
     shape = (4, min(CHUNK_ELEMENTS, first.numel()))
     stream(fill_piece, [*tensors, *given], CHUNK_ELEMENTS, out=result, scratch=[shape])
