@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from configs import config_for
 from conftest import weights_of
 
+from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.report import store
 from mergekit_karcher.report.schema import Report
 
 
@@ -27,6 +31,7 @@ def test_a_merge_writes_the_same_report_and_the_same_weights(
     monkeypatch.delenv("MERGEKIT_KARCHER_REPORT")
     written = json.loads((tmp_path / "seen" / "report.json").read_text())
     asked = cli("report", "--json", config=config)
+    assert asked.exit_code == 0, asked.output
     assert written == json.loads(asked.stdout)
     assert (tmp_path / "seen" / "report.md").is_file()
     assert (tmp_path / "seen" / "angles.png").is_file()
@@ -102,6 +107,47 @@ def test_without_matplotlib_the_text_is_written(close_models, cli, tmp_path, mon
     assert "![" not in (tmp_path / "seen" / "report.md").read_text()
 
 
+@pytest.fixture
+def written(close_models, cli, tmp_path):
+    """A folder with a report and its plots."""
+    folder = tmp_path / "written"
+    assert cli("report", "--out", folder, config=config_for(close_models[1:])).exit_code == 0
+    return folder
+
+
+@pytest.mark.parametrize("failing", ["angles.png", "lengths.png", "report.md", "report.json"])
+@pytest.mark.parametrize("how", ["write", "copy"])
+def test_a_report_that_was_not_finished_has_no_report_json(
+    written, tmp_path, monkeypatch, failing, how
+):
+    """Neither the new one nor the old, and no file that is only begun."""
+    report, target = store.read(written), tmp_path / "target"
+    store.copy(written, target)
+    replace = os.replace
+
+    def full(source, goal):
+        if Path(goal).name == failing:
+            raise OSError("No space left on device")
+        replace(source, goal)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        store.write(report, target) if how == "write" else store.copy(written, target)
+    names = {path.name for path in target.iterdir()}
+    assert "report.json" not in names
+    assert not [name for name in names if name.endswith(".partial")]
+    assert names < {path.name for path in written.iterdir()}
+
+
+def test_what_is_not_a_report_of_this_version_is_refused(written, tmp_path):
+    document = json.loads((written / "report.json").read_text())
+    (written / "report.json").write_text(json.dumps(document | {"version": None}))
+    with pytest.raises(KarcherError, match="is not a report of the kind mergekit-karch"):
+        store.read(written)
+    with pytest.raises(KarcherError, match="There is no report at"):
+        store.read(tmp_path)
+
+
 def test_stages_get_folders_of_their_own(close_models, merge, tmp_path, monkeypatch):
     monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(tmp_path / "seen"))
     first = config_for(close_models[1:3], name="pair")
@@ -143,7 +189,7 @@ def test_another_method_with_the_variable_set_is_warned_of(
     close_models, merge, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(tmp_path / "seen"))
-    config = config_for(close_models[1:3], merge_method="linear")
+    config = config_for(close_models[1:3], [1, 1], merge_method="linear")
     assert merge(config).weights
     assert "only merges by karcher write a report" in caplog.text
     assert not (tmp_path / "seen").exists()
