@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from mergekit_karcher import files
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.metrics import adam
 from mergekit_karcher.metrics.adam import adam_metric
@@ -85,6 +87,26 @@ def test_the_trainers_optimizer_by_number(run_fisher, trained, text_model, merge
         {"model": text_model, "parameters": {"metric": "identity"}},
     ]
     merge({"merge_method": "karcher", "models": models, "dtype": "float32"}).weights  # noqa: B018
+
+
+def test_what_is_cut_off_while_it_is_written_leaves_nothing(run_fisher, trained, monkeypatch):
+    checkpoint, _ = trained
+    rename = os.replace
+
+    def failing(source, target):
+        if Path(target).name == "metric.json":
+            raise OSError("the disk is full")
+        rename(source, target)
+
+    arguments = ("--from-optimizer", checkpoint, "--model", checkpoint, "--quiet", "--out", "adam")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", failing)
+        assert "the disk is full" in run_fisher(*arguments).output
+    assert not [*Path().glob("adam*")]
+    # An empty folder is as good as none.
+    Path("adam").mkdir()
+    assert run_fisher(*arguments).exit_code == 0
+    assert {path.name for path in Path("adam").iterdir()} == {"model.safetensors", "metric.json"}
 
 
 def test_shapes_that_do_not_prove_the_mapping_are_refused(run_fisher, trained, tmp_path):

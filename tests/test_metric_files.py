@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import llama, weights_of
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from small_models import SMALL, TEXT, WORDS, by_a_plain_loop, records, small_model
 from transformers import (
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 from mergekit_karcher import fisher_mean, karcher_mean
+from mergekit_karcher.metrics import store
 from mergekit_karcher.metrics.diagonal import Batch
 
 
@@ -179,3 +182,23 @@ def test_models_that_are_not_whole_or_have_no_such_likelihood(run_fisher, classi
         (tmp_path / classifier / "config.json").write_text(json.dumps({**config, **change}))
         result = run_fisher(classifier, "--data", "rows.jsonl", "--out", "bad")
         assert words in result.output
+
+
+def test_large_metrics_are_written_in_shards(text_model, tmp_path, monkeypatch):
+    """The same files as huggingface_hub writes, and metric.json."""
+    network = AutoModelForCausalLM.from_pretrained(text_model, dtype=torch.float32)
+    metric = {name: p.detach() ** 2 for name, p in network.named_parameters()}
+    small = partial(store.split_torch_state_dict_into_shards, max_shard_size="20KB")
+    monkeypatch.setattr(store, "split_torch_state_dict_into_shards", small)
+    store.write_metric(tmp_path / "metric", text_model, network, metric, {})
+    (tmp_path / "expected").mkdir()
+    # transformers returns what it has renamed in the order of the names.
+    metric = dict(sorted(metric.items()))
+    save_torch_state_dict(metric, tmp_path / "expected", max_shard_size="20KB")
+    written, expected = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("metric", "expected")
+    )
+    assert len(expected) > 3
+    assert json.loads(written.pop("metric.json"))["schema"] == "mergekit-karcher/metric/1"
+    assert written == expected

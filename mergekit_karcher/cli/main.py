@@ -1,4 +1,4 @@
-"""The command `mergekit-karcher`: a group whose commands are imported when they are asked for."""
+"""The command `mergekit-karcher`, which imports each of its commands only when it is called."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mergekit_karcher.errors import KarcherError, first_line
 
 _LOG = logging.getLogger(__name__)
 
-# The module of each command, and its line in the list of them, which must not import it.
+# The module of each command, and its line in the help text, which imports none of them.
 _COMMANDS = {
     "align": ("mergekit_karcher.cli.align", "Reorder the neurons of models to be averaged."),
     "card": ("mergekit_karcher.cli.card", "Add the geometry of a merge to its model card."),
@@ -26,7 +26,7 @@ _COMMANDS = {
         "mergekit_karcher.cli.fisher",
         "Make a metric: how sure a model is of each parameter.",
     ),
-    "repair": ("mergekit_karcher.cli.repair", "Liven up the hidden units of a merged network."),
+    "repair": ("mergekit_karcher.cli.repair", "Rescale the hidden units of a merged network."),
     "report": ("mergekit_karcher.cli.report", "Show the geometry of a config's models."),
 }
 
@@ -34,7 +34,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Group(click.Group):
-    """Finds commands by name, and tells in one line of whatever stops them."""
+    """Imports commands by name, and turns every error of theirs into one line."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(_COMMANDS)
@@ -55,7 +55,7 @@ class _Group(click.Group):
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except Exception as error:
-            # mergekit and transformers speak in exceptions of many kinds and of many lines.
+            # mergekit and transformers raise errors of many kinds and of many lines.
             _LOG.debug("stopped by", exc_info=True)
             raise KarcherError(first_line(error)) from None
 
@@ -70,7 +70,15 @@ def main() -> None:
 
 
 def logged(function: F) -> F:
-    """Add -v and --quiet to a command that has not mergekit's own."""
+    """Add -v and --quiet to a command that does not have those of mergekit.
+
+    Arguments:
+        function: The callback of the command, under its other options; it gets `quiet`. -v is
+            dealt with here.
+
+    Returns:
+        The callback, with the options.
+    """
     function = click.option("--quiet", is_flag=True, help="Print nothing but errors.")(function)
     return click.option(
         "-v",
@@ -88,5 +96,12 @@ def _set_level(_context: click.Context, _parameter: click.Parameter, value: int)
 
 
 def examples(*lines: str) -> str:
-    """The end of a help text, which click is to leave as it is."""
+    """Write the end of a help text.
+
+    Arguments:
+        lines: Commands, as they would be typed.
+
+    Returns:
+        An epilog whose lines click does not join.
+    """
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])

@@ -107,6 +107,8 @@ class _Checkpoint:
             # It is no Exception, and only says what went wrong in each process.
             except CheckpointException as error:
                 cause = next((failure[0] for failure in error.failures.values()), error)
+                if isinstance(cause, KeyboardInterrupt):
+                    raise cause from None
                 raise KarcherError(
                     f"{names[0]} of {self._folder} cannot be read ({first_line(cause)}): save the "
                     "checkpoint again, with nothing but tensors and numbers in the optimizer's "
