@@ -341,3 +341,13 @@ def test_metadata_are_refused_by_the_name_of_what_they_ask_for():
     words = re.escape(f"{Path('run/.metadata')} cannot be read as the metadata of a torch ")
     with pytest.raises(KarcherError, match=rf"{words}.*it asks for \w+\.mkdir, which could run"):
         next(distributed_moments(Path("run")))
+
+
+def test_metadata_are_read_once_and_never_by_torch(monkeypatch):
+    """A file that changes between two readings would get past the first one's check."""
+    distributed_checkpoint()
+    moments = distributed_moments(Path("run"))
+    monkeypatch.setattr(FileSystemReader, "read_metadata", lambda *_, **__: pytest.fail("torch's"))
+    name, entry = next(moments)
+    assert (name, entry.step) == ("lm_head.weight", 3)
+    assert torch.equal(entry.squares, torch.ones(63, 32))
