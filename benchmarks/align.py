@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from mergekit_karcher.align.families.llama import specification
-from mergekit_karcher.align.match import arranged, random_orders
+from mergekit_karcher.align.orders import arranged, random_orders
 
 _MB = 1e6
 

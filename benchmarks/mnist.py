@@ -26,7 +26,9 @@ from rows import Row, row
 from torch import nn
 
 from mergekit_karcher.align.families.stack import specification
-from mergekit_karcher.align.match import Orders, align_jointly, align_to_reference, arranged
+from mergekit_karcher.align.joint import align_jointly
+from mergekit_karcher.align.match import align_to_reference
+from mergekit_karcher.align.orders import Orders, arranged
 from mergekit_karcher.align.repair import corrected, repair
 
 State = dict[str, torch.Tensor]

@@ -1,1 +1,1 @@
-"""Permutation symmetries: networks that compute alike with their neurons in another order."""
+"""Aligning networks: their neurons are permuted, which leaves what they compute as it is."""

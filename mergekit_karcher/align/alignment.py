@@ -1,9 +1,8 @@
-"""alignment.json: the orders that an alignment found, for a second run to apply again."""
+"""alignment.json: the orders that an alignment found, which a later run can apply again."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,19 +10,22 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mergekit_karcher.align.match import Orders
+from mergekit_karcher.align.orders import Orders
 from mergekit_karcher.align.symmetry import Specification
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.files import write_text
 
 SCHEMA = "mergekit-karcher/alignment/1"
 
 
 class Alignment(BaseModel):
-    """Which index comes to each place.
+    """Which index comes to each place, for every model and every axis that is permuted.
 
-    specification: a digest of the symmetries that they belong to. models: for each model the axes
-    that move, as "tensor:axis", with the number of their order in orders. reference: the model that
-    all were matched to; null where they were matched jointly.
+    specification: a digest of the symmetries that the orders are for.
+    reference: the model that all others were matched to; null where they were matched jointly.
+    orders: all orders, each once.
+    models: for each model the axes that are permuted, as "tensor:axis", with the number of their
+        order in orders.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,19 +38,32 @@ class Alignment(BaseModel):
     models: dict[str, dict[str, int]]
 
     def check(self, specification: Specification) -> None:
-        """Raise unless the orders were found for those symmetries."""
-        if self.specification != digest_of(specification):
+        """Raise `KarcherError` unless the orders are for models with those symmetries."""
+        if self.specification != _digest_of(specification):
             raise KarcherError(
-                "The alignment was found for models with other symmetries than these: align anew."
+                "The alignment was made for models with other symmetries than these: align these "
+                "anew."
             )
 
-    def of(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Orders:
-        """The orders of one model, checked against the shapes of its tensors."""
+    def orders_of(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Orders:
+        """The orders of one model.
+
+        Arguments:
+            name: The model.
+            shapes: Of its tensors.
+
+        Returns:
+            New tensors, each a permutation of the indices of its axis.
+
+        Raises:
+            KarcherError: If the model is not in the alignment, or an order does not fit its tensor.
+        """
         if name not in self.models:
             raise KarcherError(
-                f"The alignment knows no model {name}, only {', '.join(self.models)}."
+                f"The alignment knows no model {name}, only {', '.join(self.models)}: give the "
+                "models that it was made for."
             )
-        found: Orders = {}
+        orders: Orders = {}
         for key, number in self.models[name].items():
             tensor, _, axis = key.rpartition(":")
             order = torch.tensor(self.orders[number] if number < len(self.orders) else [])
@@ -59,16 +74,11 @@ class Alignment(BaseModel):
                 or not torch.equal(order.sort().values, torch.arange(length))
             ):
                 raise KarcherError(
-                    f"The alignment does not fit {name}: it is no order of axis {axis} of {tensor}."
+                    f"The alignment does not fit {name}: it has no permutation of axis {axis} of "
+                    f"{tensor}; align the models anew."
                 )
-            found[tensor, int(axis)] = order
-        return found
-
-
-def digest_of(specification: Specification) -> str:
-    """Equal for equal symmetries."""
-    text = repr((specification.family, specification.symmetries))
-    return hashlib.sha256(text.encode()).hexdigest()
+            orders[tensor, int(axis)] = order
+        return orders
 
 
 def alignment_of(
@@ -77,22 +87,28 @@ def alignment_of(
     names: Sequence[str],
     orders: Sequence[Orders],
 ) -> Alignment:
-    """From the orders of each model; equal ones are kept once."""
-    kept: dict[bytes, int] = {}
+    """The alignment with the given orders.
+
+    Arguments:
+        specification: The symmetries that the orders are for.
+        reference: The model that all others were matched to; None where they were matched jointly.
+        names, orders: Each model and its orders; equal orders are kept once.
+    """
+    numbers: dict[bytes, int] = {}
     lists: list[list[int]] = []
     models: dict[str, dict[str, int]] = {}
-    for name, own in zip(names, orders, strict=True):
+    for name, orders_of_model in zip(names, orders, strict=True):
         models[name] = {}
-        for (tensor, axis), order in own.items():
+        for (tensor, axis), order in orders_of_model.items():
             values = order.numpy().astype(np.int64)
-            if values.tobytes() not in kept:
-                kept[values.tobytes()] = len(lists)
+            if values.tobytes() not in numbers:
+                numbers[values.tobytes()] = len(lists)
                 lists.append(values.tolist())
-            models[name][f"{tensor}:{axis}"] = kept[values.tobytes()]
+            models[name][f"{tensor}:{axis}"] = numbers[values.tobytes()]
     return Alignment(
         schema=SCHEMA,
         family=specification.family,
-        specification=digest_of(specification),
+        specification=_digest_of(specification),
         reference=reference,
         orders=lists,
         models=models,
@@ -100,15 +116,21 @@ def alignment_of(
 
 
 def write(alignment: Alignment, path: Path) -> None:
-    """Write it whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(alignment.model_dump_json(by_alias=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write an alignment to a file, whole or not at all."""
+    write_text(path, alignment.model_dump_json(by_alias=True) + "\n")
 
 
 def read(path: Path) -> Alignment:
-    """Read one; raises `KarcherError` for anything else."""
+    """Read an alignment from a file; raises `KarcherError` for anything else."""
     try:
         return Alignment.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError):
-        raise KarcherError(f"{path} is not an alignment of the kind {SCHEMA}.") from None
+        raise KarcherError(
+            f"{path} is not an alignment of the kind {SCHEMA}: give a file that align wrote."
+        ) from None
+
+
+def _digest_of(specification: Specification) -> str:
+    """Equal for equal symmetries."""
+    text = repr((specification.family, specification.symmetries))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,10 +1,9 @@
-"""Checkpoints as mergekit's lazy loaders read them, and the same with other tensors in them."""
+"""Checkpoints to align: read lazily, and written anew with other tensors in them."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,183 +13,200 @@ import torch
 from safetensors import safe_open
 
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.files import replacing
+from mergekit_karcher.host.checkpoints import open_checkpoint
 
-Change = Callable[[str, torch.Tensor], torch.Tensor]
-
-# What safetensors calls the dtypes that align writes.
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+# The dtypes that align reads and writes, by what safetensors calls them.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_SAFETENSORS = ".safetensors"
+_WEIGHTS = (_SAFETENSORS, ".bin", ".pt", ".pth")
 _CONFIG = "config.json"
 
 
 class Checkpoint:
     """A Hugging Face model (folder or Hub id) or a raw file of tensors, read lazily.
 
-    name: what it is called in the output. shapes, dtypes: of every tensor, by name.
+    reference: the folder, Hub id or file. name: what it is called in the output.
+    is_raw: whether it is a file.
+    config: the model's config.json; None if there is none.
+    shapes, dtypes: those of every tensor, by name.
     """
 
     def __init__(self, reference: str, name: str, cache: str | None = None) -> None:
-        from mergekit.common import ModelReference
-        from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+        """Open a checkpoint.
 
+        Arguments:
+            reference: A folder, a Hub id, or a file (.safetensors, .bin, .pt, .pth).
+            name: What it is called in the output.
+            cache: Where models from the Hub are kept; by default where huggingface_hub keeps them.
+
+        Raises:
+            KarcherError: If it is no file that is there, has an adapter, or holds what align does
+                not read.
+        """
         self.reference, self.name = reference, name
         if "+" in reference:
             raise KarcherError(
                 f"{reference} is a model with an adapter: merge the adapter into it first, then "
                 "align the result."
             )
-        path = Path(reference)
-        self.is_raw = path.is_file()
+        self.is_raw = Path(reference).is_file()
         if reference.endswith(_WEIGHTS) and not self.is_raw:
             raise KarcherError(f"There is no file {reference}.")
-        if self.is_raw:
-            self.folder = path.parent
-            index = ShardedTensorIndex.from_file(str(path))
-        else:
-            model = ModelReference.parse(reference)
-            self.folder = Path(model.local_path(cache_dir=cache))
-            index = ShardedTensorIndex.from_disk(str(self.folder))
-        self.index = index
-        self._loader = LazyTensorLoader(index, lazy_unpickle=False)
+        self._folder, self._index, self._loader = open_checkpoint(reference, cache)
         self.config: dict[str, Any] | None = None
-        if not self.is_raw and (self.folder / _CONFIG).is_file():
-            self.config = json.loads((self.folder / _CONFIG).read_text(encoding="utf-8"))
+        if not self.is_raw and (self._folder / _CONFIG).is_file():
+            self.config = json.loads((self._folder / _CONFIG).read_text(encoding="utf-8"))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._look()
+        if self._index.is_safetensors:
+            for shard in self._index.shards:
+                self._list_safetensors(self._folder / shard.filename, shard.contained_keys)
+        else:
+            self._list_pickles()
 
-    def get(self, name: str) -> torch.Tensor:
-        """A tensor by name."""
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor by its name; borrowed, for .bin and .pt files keep it in memory."""
         tensor: torch.Tensor = self._loader.get_tensor(name)
         return tensor
 
-    def _look(self) -> None:
-        if not self.index.is_safetensors:
-            for name in self.index.tensor_paths:
-                try:
-                    tensor = self.get(name)
-                except KeyError:
+    def _list_safetensors(self, path: Path, names: Iterable[str]) -> None:
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                part = file.get_slice(name)
+                if part.get_dtype() not in _DTYPES:
                     raise KarcherError(
-                        f"{self.reference} does not hold its tensors by name alone: save the state "
-                        "dictionary by itself."
-                    ) from None
-                self.shapes[name], self.dtypes[name] = tuple(tensor.shape), tensor.dtype
-            return
-        for shard in self.index.shards:
-            with safe_open(self.folder / shard.filename, framework="pt") as file:
-                for name in shard.contained_keys:
-                    part = file.get_slice(name)
-                    if part.get_dtype() not in _DTYPES:
-                        raise KarcherError(
-                            f"{name} of {self.reference} is {part.get_dtype()}, which align does "
-                            "not read: convert it first."
-                        )
-                    self.shapes[name] = tuple(part.get_shape())
-                    self.dtypes[name] = _DTYPES[part.get_dtype()]
+                        f"{name} of {self.reference} is {part.get_dtype()}, which align does "
+                        "not read: convert it first."
+                    )
+                self.shapes[name] = tuple(part.get_shape())
+                self.dtypes[name] = _DTYPES[part.get_dtype()]
+
+    def _list_pickles(self) -> None:
+        for name in self._index.tensor_paths:
+            try:
+                tensor = self.read(name)
+            except KeyError:
+                raise KarcherError(
+                    f"{self.reference} does not hold its tensors by name alone: save the state "
+                    "dictionary by itself."
+                ) from None
+            self.shapes[name], self.dtypes[name] = tuple(tensor.shape), tensor.dtype
+
+    def target(self, out: Path) -> Path:
+        """Where `write` puts the checkpoint in a folder; nothing may be there yet."""
+        return out / (f"{self.name}{Path(self.reference).suffix}" if self.is_raw else self.name)
 
     def write(
         self,
         out: Path,
-        change: Change,
+        changed: Callable[[str], torch.Tensor],
         shapes: Mapping[str, tuple[int, ...]],
         config: Mapping[str, Any],
     ) -> Path:
-        """The same checkpoint with changed tensors, in the folder out; returns its path.
+        """Write the same checkpoint with other tensors in it, whole or not at all.
 
-        change: what to put in the place of a tensor, of the shape that shapes has for it. config:
-        values that differ in config.json. Shards, names and the files beside them stay as they
-        are; weights in .bin become safetensors. Appears whole or not at all. Holds one tensor at
-        a time, of .bin and .pt files all of a file.
+        Shards, names and the files beside them stay as they are; .bin weights of a Hugging Face
+        model become safetensors. Holds one tensor at a time, of .bin and .pt files all of a file.
+
+        Arguments:
+            out: The folder to write it to, made if it is not there.
+            changed: Gives the tensor to write under a name, of the dtype that it has here.
+            shapes: Those of the tensors to write.
+            config: Values that replace those of config.json.
+
+        Returns:
+            The path of the new checkpoint.
+
+        Raises:
+            KarcherError: If a tensor to write has another dtype or shape.
+            OSError: If the disk is full, or the place cannot be written to.
         """
-        if self.is_raw:
-            path = self.target(out)
-            partial = path.with_name(f"{path.name}.partial")
-            self._write_file(Path(self.reference), partial, self.shapes, change, shapes)
-            os.replace(partial, path)
-            return path
-        path, partial = out / self.name, out / f"{self.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for shard in self.index.shards:
-            target = partial / self._renamed(shard.filename)
-            self._write_file(
-                self.folder / shard.filename, target, shard.contained_keys, change, shapes
-            )
-        self._copy_rest(partial, config)
-        partial.rename(path)
+        out.mkdir(parents=True, exist_ok=True)
+        path = self.target(out)
+        with replacing(path) as partial:
+            if not self.is_raw:
+                partial.mkdir()
+                for shard in self._index.shards:
+                    source = self._folder / shard.filename
+                    target = partial / _as_safetensors(shard.filename)
+                    self._write_shard(source, target, shard.contained_keys, changed, shapes)
+                self._copy_rest(partial, config)
+            elif path.suffix == _SAFETENSORS:
+                self._write_shard(Path(self.reference), partial, self.shapes, changed, shapes)
+            else:
+                torch.save({name: changed(name) for name in self.shapes}, partial)
         return path
 
-    def target(self, out: Path) -> Path:
-        """Where `write` puts it; must not be there yet."""
-        return out / (f"{self.name}{Path(self.reference).suffix}" if self.is_raw else self.name)
-
-    def _write_file(
+    def _write_shard(
         self,
         source: Path,
         target: Path,
         names: Iterable[str],
-        change: Change,
+        changed: Callable[[str], torch.Tensor],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
-        if target.suffix != ".safetensors" and not target.name.endswith(".safetensors.partial"):
-            torch.save({name: change(name, self.get(name)) for name in names}, target)
-            return
         metadata: Mapping[str, str] = {"format": "pt"}
         order = list(names)
-        if source.suffix == ".safetensors":
+        if source.suffix == _SAFETENSORS:
             with safe_open(source, framework="pt") as file:
                 metadata = file.metadata() or metadata
-                # Read in the order in which they lie in the file.
+                # Read in the order in which they are in the file.
                 order = list(file.offset_keys())
         entries = {name: (self.dtypes[name], shapes[name]) for name in order}
-        write_safetensors(target, entries, lambda name: change(name, self.get(name)), metadata)
+        write_safetensors(target, entries, changed, metadata)
 
-    def _renamed(self, shard: str) -> str:
-        if shard.endswith(".safetensors"):
-            return shard
-        stem = shard.removesuffix(".bin").replace("pytorch_model", "model")
-        return f"{stem}.safetensors"
-
-    def _copy_rest(self, target: Path, config: Mapping[str, Any]) -> None:
-        for path in sorted(self.folder.iterdir()):
+    def _copy_rest(self, folder: Path, config: Mapping[str, Any]) -> None:
+        """Copy the files beside the weights, and write the config and the index of the shards."""
+        for path in sorted(self._folder.iterdir()):
             weights = path.name.endswith((*_WEIGHTS, ".index.json", ".gguf", ".h5", ".msgpack"))
             if path.is_file() and not weights and path.name != _CONFIG:
-                shutil.copyfile(path, target / path.name)
+                shutil.copyfile(path, folder / path.name)
         if self.config is not None:
             text = json.dumps({**self.config, **config}, indent=2)
-            (target / _CONFIG).write_text(f"{text}\n", encoding="utf-8")
-        if len(self.index.shards) > 1 or "-of-" in self.index.shards[0].filename:
+            (folder / _CONFIG).write_text(f"{text}\n", encoding="utf-8")
+        if len(self._index.shards) > 1 or "-of-" in self._index.shards[0].filename:
             files = {
-                name: self._renamed(file) for name, file in sorted(self.index.tensor_paths.items())
+                name: _as_safetensors(file)
+                for name, file in sorted(self._index.tensor_paths.items())
             }
-            size = sum((target / file).stat().st_size for file in set(files.values()))
+            size = sum((folder / file).stat().st_size for file in set(files.values()))
             index = {"metadata": {"total_size": size}, "weight_map": files}
-            name = target / "model.safetensors.index.json"
-            name.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            path = folder / "model.safetensors.index.json"
+            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_safetensors(
     path: Path,
     entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    get: Callable[[str], torch.Tensor],
+    read: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """A safetensors file, a tensor at a time: safetensors' own function wants all of them at once.
+    """Write a safetensors file one tensor at a time; safetensors' function needs all at once.
 
-    entries: dtype and shape of every tensor, in order. The format: eight bytes of the header's
-    length, the header in JSON, the tensors' bytes.
+    The format: eight bytes for the length of the header, the header in JSON, the tensors' bytes.
+
+    Arguments:
+        path: The file; replaced if it is there.
+        entries: The dtype and shape of every tensor, in the order in which they are written.
+        read: Gives a tensor by its name; borrowed.
+        metadata: That of the file.
+
+    Raises:
+        KarcherError: If a tensor does not have the dtype and shape of its entry, with which the
+            file could not be read.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -205,6 +221,18 @@ def write_safetensors(
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name, (dtype, shape) in entries.items():
-            tensor = get(name).contiguous()
-            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), name
+            tensor = read(name).contiguous()
+            if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
+                raise KarcherError(
+                    f"{name} came as {tensor.dtype} {tuple(tensor.shape)}, but {dtype} "
+                    f"{tuple(shape)} was to be written to {path}: give a tensor of that dtype and "
+                    "shape."
+                )
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _as_safetensors(filename: str) -> str:
+    """The name of a shard once it is safetensors."""
+    if filename.endswith(_SAFETENSORS):
+        return filename
+    return f"{filename.removesuffix('.bin').replace('pytorch_model', 'model')}{_SAFETENSORS}"

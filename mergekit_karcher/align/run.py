@@ -6,43 +6,48 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import yaml
 
-from mergekit_karcher.align.alignment import Alignment, alignment_of
+from mergekit_karcher.align import alignment as alignments
+from mergekit_karcher.align import specification_file
+from mergekit_karcher.align.alignment import Alignment
 from mergekit_karcher.align.checkpoint import Checkpoint
 from mergekit_karcher.align.families import specification_for
-from mergekit_karcher.align.match import (
-    Get,
-    Orders,
+from mergekit_karcher.align.joint import (
     align_jointly,
-    align_to_reference,
-    arranged,
     mean_between,
     products_between,
     spread_of,
 )
-from mergekit_karcher.align.pad import Padding, padded, paddings, widened
-from mergekit_karcher.align.symmetry import Specification, from_yaml
+from mergekit_karcher.align.match import align_to_reference
+from mergekit_karcher.align.orders import Orders, Reader, arranged
+from mergekit_karcher.align.pad import Padding, padded, padded_specification, paddings
+from mergekit_karcher.align.symmetry import Specification
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.sphere.pairwise import geometry_of_gram
 from mergekit_karcher.sphere.trig import Floats
 
 
-class Choices(NamedTuple):
+@dataclass(frozen=True)
+class Choices:
     """How to align.
 
-    reference: the place of the model that all others are matched to; None to do it jointly.
-    spec: a specification of the user's own. residual: whether the residual stream moves too.
+    reference: the reference of the model that all others are matched to; None to match jointly.
+    spec: a file with a specification of the symmetries; None for that of a known family.
+    residual: whether the residual stream is permuted as well.
+    pad: whether narrower MLPs are filled up with units of zeros.
+    alignment: an alignment.json whose orders are applied, so that nothing is matched.
+    starts, seed: see `match.align_to_reference` and `joint.align_jointly`.
     """
 
-    reference: int | None
+    reference: str | None = None
     spec: Path | None = None
     residual: bool = False
     pad: bool = False
+    alignment: Path | None = None
     starts: int = 3
     seed: int = 0
 
@@ -55,114 +60,134 @@ class Geometry(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class AlignedModel:
+    """A model with its orders.
+
+    checkpoint: where it is read from.
+    specification: its symmetries, at its own widths.
+    padding: the units of zeros that it gets.
+    orders: of its tensors, once they are padded.
+    """
+
+    checkpoint: Checkpoint
+    specification: Specification
+    padding: Padding
+    orders: Orders
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is permuted or padded."""
+        return bool(self.orders or self.padding.added)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, padded and in its order."""
+        return self.arranged(self.checkpoint.read, name)
+
+    def arranged(self, read: Reader, name: str) -> torch.Tensor:
+        """A tensor of the shape of this model's, padded and put into the order of the model.
+
+        Arguments:
+            read: Reads the tensors of the model, or a metric of it.
+            name: Of the tensor.
+        """
+        return arranged(padded(read, self.specification, self.padding)(name), name, self.orders)
+
+
+@dataclass(frozen=True, eq=False)
 class Aligned:
     """Models with the orders that were found for them.
 
-    own: the specification of each model. specification: of all, at their common widths. gets: their
-    tensors, padded, not yet in order. before, after: their geometry over the tensors that all have
-    in one shape.
+    models: in the order in which they were given.
+    specification: the symmetries of all, at their common widths.
+    alignment: the orders of all, to be written.
+    counts: whole numbers that differ between the models, such as the batches that a batch norm has
+        seen, as all get them: mergekit stops where they differ.
+    before, after: how far the models are apart, over the tensors of one shape in all of them.
     """
 
-    checkpoints: Sequence[Checkpoint]
-    own: Sequence[Specification]
+    models: Sequence[AlignedModel]
     specification: Specification
-    paddings: Sequence[Padding]
-    gets: Sequence[Get]
     alignment: Alignment
-    orders: Sequence[Orders]
+    counts: dict[str, torch.Tensor]
     before: Geometry
     after: Geometry
 
     @property
     def changed(self) -> bool:
-        """Whether any model moves, grows, or gets the counts of another."""
-        return (
-            any(self.orders)
-            or any(padding.added for padding in self.paddings)
-            or bool(_reconciled(self.checkpoints))
-        )
+        """Whether any model is permuted, padded, or gets the counts of another one."""
+        return any(model.changed for model in self.models) or bool(self.counts)
 
-    def moved(self) -> dict[str, float]:
-        """The share of units that moved, by symmetry, over the models that may move."""
+    def moved_shares(self) -> dict[str, float]:
+        """The share of units that moved, by symmetry, over all models but one."""
         shares = {}
         for symmetry in self.specification.symmetries:
             move = symmetry.moves[0]
             places = torch.arange(symmetry.size) * move.block + move.offset
-            counts = []
-            for own in self.orders:
-                order = own.get((move.tensor, move.axis))
-                # Inside of a unit the order may change, too: its first index shows where it is.
+            total = 0.0
+            for model in self.models:
+                order = model.orders.get((move.tensor, move.axis))
+                # The rows of a unit may be permuted, too: the first one shows which unit it is.
                 units = places if order is None else order[places]
                 units = (units - move.offset).div(move.block, rounding_mode="floor")
-                counts.append(float((units != torch.arange(symmetry.size)).double().mean()))
-            shares[symmetry.name] = sum(counts) / max(1, len(counts) - 1)
+                total += float((units != torch.arange(symmetry.size)).double().mean())
+            shares[symmetry.name] = total / max(1, len(self.models) - 1)
         return shares
-
-    def write(self, out: Path) -> list[str]:
-        """Write every model; returns their paths, or what they were if nothing changes them."""
-        if not self.changed:
-            return [
-                str(Path(own.reference).resolve())
-                if Path(own.reference).exists()
-                else own.reference
-                for own in self.checkpoints
-            ]
-        common = _reconciled(self.checkpoints)
-        paths = []
-        for checkpoint, padding, get, orders in zip(
-            self.checkpoints, self.paddings, self.gets, self.orders, strict=True
-        ):
-
-            def change(
-                name: str, tensor: torch.Tensor, get: Get = get, orders: Orders = orders
-            ) -> torch.Tensor:
-                if name in common:
-                    return common[name]
-                return arranged(get(name) if padding.added else tensor, name, orders)  # noqa: B023
-
-            config = {}
-            key = self.specification.width_key
-            if padding.added and key is not None:
-                config[key] = max(s.size for s in self.specification.symmetries if s.padding)
-            path = checkpoint.write(out, change, padding.shapes, config)
-            paths.append(str(path.resolve()))
-        return paths
-
-    def carry(self, index: int, metric: Checkpoint, out: Path) -> Path:
-        """Write a metric of a model, named and shaped like its tensors, in that model's order."""
-        padding, orders = self.paddings[index], self.orders[index]
-        get = padded(metric.get, self.own[index], padding)
-
-        def change(name: str, _: torch.Tensor) -> torch.Tensor:
-            return arranged(get(name), name, orders)
-
-        for name, shape in metric.shapes.items():
-            if shape != self.checkpoints[index].shapes.get(name):
-                raise KarcherError(
-                    f"The metric {metric.reference} does not fit {self.checkpoints[index].name}: "
-                    f"its {name} has shape {shape}."
-                )
-        return metric.write(out, change, padding.shapes, {})
 
 
 def align(
-    checkpoints: Sequence[Checkpoint],
-    choices: Choices,
-    known: Alignment | None,
-    advance: Callable[[str], None],
+    checkpoints: Sequence[Checkpoint], choices: Choices, advance: Callable[[str], None]
 ) -> Aligned:
     """Find the orders that bring models of one architecture nearest to each other.
 
-    known: an alignment to apply instead of matching. advance is told what is under way.
+    Arguments:
+        checkpoints: The models, at least one, each of another name.
+        choices: How to align them.
+        advance: Called with the name of what is done next.
+
+    Returns:
+        The models with their orders; nothing is written.
+
+    Raises:
+        KarcherError: If the models cannot be aligned with each other, or a choice does not fit
+            them.
     """
     names = [checkpoint.name for checkpoint in checkpoints]
-    specifications = [_specification(checkpoint, choices) for checkpoint in checkpoints]
-    grown = paddings(specifications, names, choices.pad)
-    gets = [
-        padded(checkpoint.get, own, padding)
-        for checkpoint, own, padding in zip(checkpoints, specifications, grown, strict=True)
+    specifications = [_specification_of(checkpoint, choices) for checkpoint in checkpoints]
+    padding = paddings(specifications, names, choices.pad)
+    specification = padded_specification(specifications[0], padding[0])
+    _refuse_quantised(checkpoints, specification)
+    unordered = [
+        AlignedModel(*parts, {}) for parts in zip(checkpoints, specifications, padding, strict=True)
     ]
-    specification = widened(specifications[0], grown[0].shapes, grown[0])
+    alignment = _alignment(unordered, specification, choices, advance)
+    models = [
+        AlignedModel(
+            model.checkpoint,
+            model.specification,
+            model.padding,
+            alignment.orders_of(model.checkpoint.name, model.padding.shapes),
+        )
+        for model in unordered
+    ]
+    advance("distances")
+    before = _geometry_of(unordered)
+    after = _geometry_of(models) if any(model.orders for model in models) else before
+    return Aligned(models, specification, alignment, _common_counts(checkpoints), before, after)
+
+
+def _specification_of(checkpoint: Checkpoint, choices: Choices) -> Specification:
+    if choices.spec is not None:
+        return specification_file.read(choices.spec, checkpoint.shapes)
+    try:
+        return specification_for(checkpoint.config, checkpoint.shapes, choices.residual)
+    except KeyError as error:
+        raise KarcherError(
+            f"The config or the weights of {checkpoint.reference} lack {error}, which models "
+            "of its type have."
+        ) from None
+
+
+def _refuse_quantised(checkpoints: Sequence[Checkpoint], specification: Specification) -> None:
     for checkpoint in checkpoints:
         for name in sorted(specification.tensors()):
             if not checkpoint.dtypes[name].is_floating_point:
@@ -170,76 +195,51 @@ def align(
                     f"{name} of {checkpoint.name} is {checkpoint.dtypes[name]}: a quantised model "
                     "must be dequantised before it is aligned."
                 )
-    if known is not None:
+
+
+def _alignment(
+    models: Sequence[AlignedModel],
+    specification: Specification,
+    choices: Choices,
+    advance: Callable[[str], None],
+) -> Alignment:
+    """The alignment that was chosen, or else one that is found by matching."""
+    if choices.alignment is not None:
+        known = alignments.read(choices.alignment)
         known.check(specification)
-        orders = [
-            known.of(name, padding.shapes) for name, padding in zip(names, grown, strict=True)
-        ]
-    elif choices.reference is None:
-        orders = align_jointly(specification, gets, choices.starts, choices.seed, advance)
+        return known
+    names = [model.checkpoint.name for model in models]
+    references = [model.checkpoint.reference for model in models]
+    readers = [model.read for model in models]
+    if choices.reference is None:
+        reference = None
+        orders = align_jointly(specification, readers, choices.starts, choices.seed, advance)
     else:
+        index = references.index(choices.reference)
+        reference = names[index]
         orders = align_to_reference(
-            specification, choices.reference, gets, choices.starts, choices.seed, advance
+            specification, index, readers, choices.starts, choices.seed, advance
         )
-    reference = None if choices.reference is None else names[choices.reference]
-    alignment = known or alignment_of(specification, reference, names, orders)
-    advance("distances")
-    shared = [
+    return alignments.alignment_of(specification, reference, names, orders)
+
+
+def _geometry_of(models: Sequence[AlignedModel]) -> Geometry:
+    """Over the tensors that all models have in one shape."""
+    first = models[0]
+    names = [
         name
-        for name, shape in grown[0].shapes.items()
-        if all(padding.shapes.get(name) == shape for padding in grown)
-        and checkpoints[0].dtypes[name].is_floating_point
+        for name, shape in first.padding.shapes.items()
+        if all(model.padding.shapes.get(name) == shape for model in models)
+        and first.checkpoint.dtypes[name].is_floating_point
     ]
-    before = _geometry(shared, gets, [{} for _ in gets])
-    after = _geometry(shared, gets, orders) if any(orders) else before
-    return Aligned(
-        checkpoints, specifications, specification, grown, gets, alignment, orders, before, after
-    )
-
-
-def config_of(checkpoints: Sequence[Checkpoint], paths: Sequence[str]) -> dict[str, Any]:
-    """A config that merges the aligned models by `merge_method: karcher`."""
-    config: dict[str, Any] = {
-        "merge_method": "karcher",
-        "models": [{"model": path} for path in paths],
-    }
-    kinds = {
-        dtype for own in checkpoints for dtype in own.dtypes.values() if dtype.is_floating_point
-    }
-    if len(kinds) == 1:
-        config["dtype"] = str(kinds.pop()).removeprefix("torch.")
-    return config
-
-
-def _specification(checkpoint: Checkpoint, choices: Choices) -> Specification:
-    if choices.spec is None:
-        try:
-            return specification_for(checkpoint.config, checkpoint.shapes, choices.residual)
-        except KeyError as error:
-            raise KarcherError(
-                f"The config or the weights of {checkpoint.reference} lack {error}, which models "
-                "of its type have."
-            ) from None
-    try:
-        document = yaml.safe_load(choices.spec.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise KarcherError(f"{choices.spec} is not valid YAML: {where}.") from None
-    return from_yaml(document, checkpoint.shapes)
-
-
-def _geometry(names: Sequence[str], gets: Sequence[Get], orders: Sequence[Orders]) -> Geometry:
-    products = products_between(names, gets, orders)
+    products = products_between(names, [model.read for model in models], [{} for _ in models])
     sphere = geometry_of_gram(products.grams[0], products.exponents[0])
-    mean = mean_between(products, range(len(gets)))
-    return Geometry(sphere.angles, spread_of(mean) if len(gets) > 1 else float(np.nan))
+    mean = mean_between(products, range(len(models)))
+    return Geometry(sphere.angles, spread_of(mean) if len(models) > 1 else float(np.nan))
 
 
-def _reconciled(checkpoints: Sequence[Checkpoint]) -> dict[str, torch.Tensor]:
-    """Single whole numbers that differ, such as counts of batches, as the first model has them.
-
-    mergekit stops on those that differ.
-    """
+def _common_counts(checkpoints: Sequence[Checkpoint]) -> dict[str, torch.Tensor]:
+    """Single whole numbers that differ between models, as the first model has them."""
     first, *others = checkpoints
     names = [
         name
@@ -247,11 +247,11 @@ def _reconciled(checkpoints: Sequence[Checkpoint]) -> dict[str, torch.Tensor]:
         if not dtype.is_floating_point and math.prod(first.shapes[name]) == 1
     ]
     return {
-        name: first.get(name)
+        name: first.read(name)
         for name in names
         if any(
             other.shapes.get(name) == first.shapes[name]
-            and not torch.equal(other.get(name), first.get(name))
+            and not torch.equal(other.read(name), first.read(name))
             for other in others
         )
     }

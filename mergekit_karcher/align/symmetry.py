@@ -1,16 +1,16 @@
 """What may be permuted in a network without changing what it computes, as data.
 
 A symmetry has `size` units (neurons, heads) that may stand in any order, as long as every tensor
-that knows them follows: each of its moves is a run of that many blocks along one axis of one
-tensor. Units may have symmetries of their own inside (the dimensions inside a head).
+that has them follows: each of its moves is that many blocks, one after the other, along one axis
+of one tensor. A unit may have symmetries inside of it, too (the dimensions of a head).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mergekit_karcher.errors import KarcherError
 
@@ -27,7 +27,10 @@ class Move(NamedTuple):
 
 
 class InnerMove(NamedTuple):
-    """Blocks inside those of a move: move counts those of the outer symmetry, offset from there."""
+    """Blocks inside each block of a move of the outer symmetry.
+
+    move: the index of that move. offset: from the start of its block.
+    """
 
     move: int
     offset: int = 0
@@ -36,7 +39,7 @@ class InnerMove(NamedTuple):
 
 @dataclass(frozen=True)
 class Inside:
-    """A symmetry inside every unit of another one, the same in each."""
+    """A symmetry inside every unit of another symmetry."""
 
     name: str
     size: int
@@ -47,8 +50,8 @@ class Inside:
 class Symmetry:
     """Units that may stand in any order.
 
-    padding: whether units of zeros change nothing, so that a model with fewer may get some.
-    feeds: the weights whose outputs are the units' pre-activations, for the repair.
+    padding: whether units of zeros change nothing, so that a narrower model may get some.
+    feeds: the weights whose outputs are the pre-activations of the units, for `repair`.
     """
 
     name: str
@@ -63,10 +66,12 @@ class Symmetry:
 class Specification:
     """The symmetries of one network, with the shapes of its tensors.
 
-    fixed: (tensor, axis) pairs, by shell patterns of names, that no symmetry moves: every axis must
-    be one or the other (or both, if it is moved in part), so that what was forgotten is noticed.
-    width_key: where the config of a model says how many units its padded symmetries have. Raises
-    `KarcherError` when built unless sizes agree, blocks do not overlap, and every axis is known.
+    fixed: the (tensor, axis) pairs that no symmetry moves, tensors as shell patterns. Every axis
+        must be moved or fixed (or both, if a part of it moves), so that none is forgotten.
+    width_key: the key of a model's config that says how many units a symmetry with padding has.
+
+    Raises `KarcherError` when it is made unless sizes agree, blocks do not overlap, and every axis
+    is moved or fixed.
     """
 
     family: str
@@ -76,15 +81,26 @@ class Specification:
     width_key: str | None = None
 
     def __post_init__(self) -> None:
-        _validate(self)
+        moved: dict[tuple[str, int], list[_Run]] = {}
+        for symmetry in self.symmetries:
+            _check_symmetry(symmetry, self.shapes, moved)
+        _check_every_axis_is_known(self, moved)
 
     def tensors(self) -> set[str]:
-        """Those that any symmetry moves."""
+        """The names of all tensors that any symmetry moves."""
         return {move.tensor for symmetry in self.symmetries for move in symmetry.moves}
 
 
 def present(symmetry: Symmetry, shapes: Shapes) -> Symmetry:
-    """The symmetry without moves of tensors that a network lacks, such as biases."""
+    """A symmetry without moves of tensors that the network lacks, such as biases.
+
+    Arguments:
+        symmetry: Of a network with all tensors that its family may have.
+        shapes: The tensors that the network has.
+
+    Returns:
+        A new symmetry, without those inside of its units that have no tensor or a single unit.
+    """
     kept = [index for index, move in enumerate(symmetry.moves) if move.tensor in shapes]
     place = {index: new for new, index in enumerate(kept)}
     inside = tuple(
@@ -105,7 +121,18 @@ def with_known_fixed(
     is_known: Callable[[str], bool],
     width_key: str,
 ) -> Specification:
-    """A specification of tensors that a family knows: what no symmetry moves of them is fixed."""
+    """A specification that fixes every axis of known tensors that no symmetry moves.
+
+    Arguments:
+        family: The name of the family.
+        shapes: Of all tensors.
+        symmetries: What may be permuted.
+        is_known: Whether a tensor of that name belongs to the family; others stop the alignment.
+        width_key: See `Specification`.
+
+    Raises:
+        KarcherError: If the specification is not sound, see `Specification`.
+    """
     moved = {(move.tensor, move.axis) for symmetry in symmetries for move in symmetry.moves}
     fixed = tuple(
         (name, axis)
@@ -116,165 +143,109 @@ def with_known_fixed(
     return Specification(family, shapes, tuple(symmetries), fixed, width_key)
 
 
-def from_yaml(document: Any, shapes: Shapes) -> Specification:
-    """A user's specification.
+class _Run(NamedTuple):
+    """Places start to end - 1 of an axis, which the symmetry of that name moves."""
 
-    symmetries: a list of {name, size, moves, inside, feeds, layers}; moves of {tensor,
-    axis, offset, block}, those of inside of {move, offset, block}. With layers: N a symmetry
-    stands for N, with {layer} in its names from 0 on. fixed: a list of {tensor, axis}, tensors as
-    patterns.
-    """
-    try:
-        symmetries = tuple(_expanded(document["symmetries"]))
-        fixed = tuple((str(f["tensor"]), int(f["axis"])) for f in document.get("fixed", ()))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise KarcherError(
-            f"The specification is not one ({type(error).__name__}: {error}): it needs symmetries "
-            "with name, size and moves of tensor and axis."
-        ) from None
-    return Specification("specification", shapes, symmetries, fixed)
+    start: int
+    end: int
+    name: str
 
 
-def _expanded(entries: Iterable[Mapping[str, Any]]) -> Iterator[Symmetry]:
-    for entry in entries:
-        _known_keys(entry, ("name", "size", "moves", "inside", "feeds", "layers"))
-        for move in entry["moves"]:
-            _known_keys(move, ("tensor", "axis", "offset", "block"))
-        for inner in entry.get("inside", ()):
-            _known_keys(inner, ("name", "size", "moves"))
-            for move in inner["moves"]:
-                _known_keys(move, ("move", "offset", "block"))
-        layers = range(int(entry["layers"])) if "layers" in entry else (None,)
-        for layer in layers:
-
-            def named(text: Any, layer: int | None = layer) -> str:
-                return str(text) if layer is None else str(text).replace("{layer}", str(layer))
-
-            yield Symmetry(
-                named(entry["name"]),
-                int(entry["size"]),
-                tuple(
-                    Move(
-                        named(move["tensor"]),
-                        int(move["axis"]),
-                        int(move.get("offset", 0)),
-                        int(move.get("block", 1)),
-                    )
-                    for move in entry["moves"]
-                ),
-                tuple(
-                    Inside(
-                        str(inner["name"]),
-                        int(inner["size"]),
-                        tuple(
-                            InnerMove(
-                                int(move["move"]),
-                                int(move.get("offset", 0)),
-                                int(move.get("block", 1)),
-                            )
-                            for move in inner["moves"]
-                        ),
-                    )
-                    for inner in entry.get("inside", ())
-                ),
-                False,
-                tuple(named(name) for name in entry.get("feeds", ())),
-            )
-
-
-def _known_keys(part: Mapping[str, Any], known: Sequence[str]) -> None:
-    for key in part:
-        if key not in known:
+def _check_symmetry(
+    symmetry: Symmetry, shapes: Shapes, moved: dict[tuple[str, int], list[_Run]]
+) -> None:
+    """Check one symmetry, and add the runs that it moves to those of the others."""
+    if symmetry.size < 1:
+        raise KarcherError(f"Symmetry {symmetry.name} has {symmetry.size} units.")
+    for move in symmetry.moves:
+        shape = shapes.get(move.tensor)
+        if shape is None:
             raise KarcherError(
-                f"The specification has {key!r} where only {', '.join(known)} can stand."
+                f"Symmetry {symmetry.name} moves {move.tensor}, which the models do not have."
             )
+        if not 0 <= move.axis < len(shape):
+            raise KarcherError(
+                f"Symmetry {symmetry.name} moves axis {move.axis} of {move.tensor}, whose "
+                f"shape is {tuple(shape)}."
+            )
+        end = move.offset + symmetry.size * move.block
+        if move.offset < 0 or move.block < 1 or end > shape[move.axis]:
+            raise KarcherError(
+                f"Symmetry {symmetry.name} takes {symmetry.size} blocks of {move.block} from "
+                f"{move.offset} on axis {move.axis} of {move.tensor}, which has "
+                f"{shape[move.axis]}: the sizes do not agree."
+            )
+        runs = moved.setdefault((move.tensor, move.axis), [])
+        for run in runs:
+            if run.start < end and move.offset < run.end:
+                raise KarcherError(
+                    f"Symmetries {run.name} and {symmetry.name} both move the same part of axis "
+                    f"{move.axis} of {move.tensor}."
+                )
+        runs.append(_Run(move.offset, end, symmetry.name))
+    for inside in symmetry.inside:
+        _check_inside(symmetry, inside)
 
 
-def _validate(specification: Specification) -> None:
-    shapes = specification.shapes
-    taken: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
-    for symmetry in specification.symmetries:
-        if symmetry.size < 1:
-            raise KarcherError(f"Symmetry {symmetry.name} has {symmetry.size} units.")
-        for move in symmetry.moves:
-            shape = shapes.get(move.tensor)
-            if shape is None:
-                raise KarcherError(
-                    f"Symmetry {symmetry.name} moves {move.tensor}, which the models do not have."
-                )
-            if not 0 <= move.axis < len(shape):
-                raise KarcherError(
-                    f"Symmetry {symmetry.name} moves axis {move.axis} of {move.tensor}, whose "
-                    f"shape is {tuple(shape)}."
-                )
-            end = move.offset + symmetry.size * move.block
-            if move.offset < 0 or move.block < 1 or end > shape[move.axis]:
-                raise KarcherError(
-                    f"Symmetry {symmetry.name} takes {symmetry.size} blocks of {move.block} from "
-                    f"{move.offset} on axis {move.axis} of {move.tensor}, which has "
-                    f"{shape[move.axis]}: the sizes do not agree."
-                )
-            runs = taken.setdefault((move.tensor, move.axis), [])
-            for start, stop, other in runs:
-                if start < end and move.offset < stop:
-                    raise KarcherError(
-                        f"Symmetries {other} and {symmetry.name} both move the same part of axis "
-                        f"{move.axis} of {move.tensor}."
-                    )
-            runs.append((move.offset, end, symmetry.name))
-        for inner in symmetry.inside:
-            _validate_inside(symmetry, inner)
-    for name, shape in shapes.items():
-        for axis in range(len(shape)):
+def _check_inside(symmetry: Symmetry, inside: Inside) -> None:
+    moved: dict[int, list[_Run]] = {}
+    for move in inside.moves:
+        if not 0 <= move.move < len(symmetry.moves):
+            raise KarcherError(
+                f"{inside.name} inside of {symmetry.name} refers to move {move.move}, which that "
+                "does not have."
+            )
+        block = symmetry.moves[move.move].block
+        end = move.offset + inside.size * move.block
+        runs = moved.setdefault(move.move, [])
+        if move.offset < 0 or move.block < 1 or end > block:
+            raise KarcherError(
+                f"{inside.name} takes {inside.size} blocks of {move.block} from {move.offset} "
+                f"inside blocks of {block} of {symmetry.name}: the sizes do not agree."
+            )
+        if any(run.start < end and move.offset < run.end for run in runs):
+            raise KarcherError(
+                f"{inside.name} inside of {symmetry.name} moves the same part of a block twice."
+            )
+        runs.append(_Run(move.offset, end, inside.name))
+
+
+def _check_every_axis_is_known(
+    specification: Specification, moved: Mapping[tuple[str, int], Sequence[_Run]]
+) -> None:
+    for name, shape in specification.shapes.items():
+        for axis, length in enumerate(shape):
             fixed = any(
-                axis == place and fnmatchcase(name, pattern)
-                for pattern, place in specification.fixed
+                axis == fixed_axis and fnmatchcase(name, pattern)
+                for pattern, fixed_axis in specification.fixed
             )
-            moved = sum(stop - start for start, stop, _ in taken.get((name, axis), ()))
-            if moved < shape[axis] and not fixed:
-                what = f"{shape[axis] - moved} of {shape[axis]} places on " if moved else ""
+            count = sum(run.end - run.start for run in moved.get((name, axis), ()))
+            if count < length and not fixed:
+                part = f"{length - count} of {length} places on " if count else ""
                 raise KarcherError(
-                    f"Nothing is known of {what}axis {axis} of {name}: let a symmetry move it, or "
+                    f"Nothing is known of {part}axis {axis} of {name}: let a symmetry move it, or "
                     "list it as fixed."
                 )
 
 
-def _validate_inside(symmetry: Symmetry, inner: Inside) -> None:
-    taken: dict[int, list[tuple[int, int]]] = {}
-    for move in inner.moves:
-        if not 0 <= move.move < len(symmetry.moves):
-            raise KarcherError(
-                f"{inner.name} inside of {symmetry.name} refers to move {move.move}, which that "
-                "does not have."
-            )
-        block = symmetry.moves[move.move].block
-        end = move.offset + inner.size * move.block
-        runs = taken.setdefault(move.move, [])
-        if move.offset < 0 or move.block < 1 or end > block:
-            raise KarcherError(
-                f"{inner.name} takes {inner.size} blocks of {move.block} from {move.offset} inside "
-                f"blocks of {block} of {symmetry.name}: the sizes do not agree."
-            )
-        if any(start < end and move.offset < stop for start, stop in runs):
-            raise KarcherError(
-                f"{inner.name} inside of {symmetry.name} moves the same part of a block twice."
-            )
-        runs.append((move.offset, end))
-
-
 def layers_of(shapes: Shapes, template: str) -> list[int]:
-    """The layers for which a tensor of that name exists, {layer} standing for the number."""
+    """The numbers of the layers that have a tensor of a certain name, in ascending order.
+
+    Arguments:
+        shapes: The tensors of a model.
+        template: The name, with {layer} in the place of the number.
+    """
     start, _, end = template.partition("{layer}")
-    found = [
+    numbers = [
         name[len(start) : len(name) - len(end)]
         for name in shapes
         if name.startswith(start) and name.endswith(end)
     ]
-    return sorted(int(text) for text in found if text.isdigit())
+    return sorted(int(text) for text in numbers if text.isdigit())
 
 
 def components_of(symmetries: Sequence[Symmetry]) -> list[list[Symmetry]]:
-    """The symmetries in groups that share no tensor, in order."""
+    """The symmetries in groups, so that those of different groups share no tensor; in order."""
     groups: list[tuple[set[str], list[Symmetry]]] = []
     for symmetry in symmetries:
         names = {move.tensor for move in symmetry.moves}

@@ -1,4 +1,4 @@
-"""The symmetries of the families of networks that are known, one module a family."""
+"""The symmetries of every known family of networks, one module a family."""
 
 from __future__ import annotations
 
@@ -22,9 +22,16 @@ BY_MODEL_TYPE: dict[str, Family] = {
 def specification_for(
     config: Mapping[str, Any] | None, shapes: Shapes, residual: bool
 ) -> Specification:
-    """The symmetries of a Hugging Face model by its config, or of a raw checkpoint by its shapes.
+    """The symmetries of a model.
 
-    residual: whether to permute the residual stream as well.
+    Arguments:
+        config: That of a Hugging Face model; None for a raw checkpoint, see `families.stack`.
+        shapes: Of its tensors.
+        residual: Whether the residual stream is permuted as well; a raw checkpoint has none.
+
+    Raises:
+        KarcherError: If the family is not known, or the weights are not as the family has them.
+        KeyError: If the config or the weights lack something that all models of the family have.
     """
     if config is None:
         return stack.specification(shapes)

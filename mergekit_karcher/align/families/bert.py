@@ -1,4 +1,4 @@
-"""BERT: learned positions, biases everywhere, a pooler of its own."""
+"""BERT: learned positions, biases everywhere, a pooler."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def specification(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> 
     template = f"{prefix}encoder.layer.{{layer}}.intermediate.dense.weight"
     layers = layers_of(shapes, template)
     width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    found = [
+    symmetries = [
         present(symmetry, shapes)
         for layer in layers
         for symmetry in _layer(f"{prefix}encoder.layer.{layer}.", shapes, heads, width // heads)
     ]
     if residual:
-        found.append(present(_residual(prefix, layers, width, shapes), shapes))
+        symmetries.append(present(_residual(prefix, layers, width, shapes), shapes))
     known = (
         *(f"{prefix}{part}." for part in ("embeddings", "encoder", "pooler")),
         "cls.",
@@ -41,10 +41,10 @@ def specification(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> 
     )
 
     def is_known(name: str) -> bool:
-        # What reads the residual stream in a way of its own is not.
+        # Cross-attention reads another network, whose residual stream is not permuted.
         return name.startswith(known) and not (residual and "cross" in name)
 
-    return with_known_fixed("bert", shapes, found, is_known, "intermediate_size")
+    return with_known_fixed("bert", shapes, symmetries, is_known, "intermediate_size")
 
 
 def _layer(start: str, shapes: Shapes, heads: int, block: int) -> Iterator[Symmetry]:
@@ -83,7 +83,7 @@ def _residual(prefix: str, layers: list[int], width: int, shapes: Shapes) -> Sym
         *(Move(f"{embeddings}LayerNorm.{part}", 0) for part in ("weight", "bias")),
         Move(f"{prefix}pooler.dense.weight", 1),
         Move("qa_outputs.weight", 1),
-        # What a pooler hands on has an order of its own.
+        # The outputs of a pooler have an order that is not that of the residual stream.
         *(() if pooled else (Move("classifier.weight", 1),)),
         # The decoder is the word embedding: so what it reads has the order of that.
         *(Move(f"{head}transform.dense.weight", axis) for axis in (0, 1)),

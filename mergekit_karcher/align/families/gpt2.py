@@ -28,20 +28,20 @@ def specification(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> 
     prefix = "transformer." if "transformer.wte.weight" in shapes else ""
     layers = layers_of(shapes, f"{prefix}h.{{layer}}.ln_1.weight")
     width, heads = int(config["n_embd"]), int(config["n_head"])
-    found = [
+    symmetries = [
         present(symmetry, shapes)
         for layer in layers
         for symmetry in _layer(f"{prefix}h.{layer}.", shapes, width, heads)
     ]
     if residual:
-        found.append(present(_residual(prefix, layers, width), shapes))
+        symmetries.append(present(_residual(prefix, layers, width), shapes))
     known = (f"{prefix}wte.", f"{prefix}wpe.", f"{prefix}ln_f.", f"{prefix}h.", "lm_head.")
 
     def is_known(name: str) -> bool:
-        # What reads the residual stream in a way of its own is not.
+        # Cross-attention reads another network, whose residual stream is not permuted.
         return name.startswith(known) and not (residual and "cross" in name)
 
-    return with_known_fixed("gpt2", shapes, found, is_known, "n_inner")
+    return with_known_fixed("gpt2", shapes, symmetries, is_known, "n_inner")
 
 
 def _layer(start: str, shapes: Shapes, width: int, heads: int) -> Iterator[Symmetry]:

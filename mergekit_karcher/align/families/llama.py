@@ -32,14 +32,14 @@ def specification(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> 
     heads = int(config["num_attention_heads"])
     groups = int(config.get("num_key_value_heads") or heads)
     width = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-    found = [
+    symmetries = [
         present(symmetry, shapes)
         for layer in layers
         for symmetry in _layer(_LAYER.format(layer=layer), shapes, heads, groups, width)
     ]
     if residual:
-        found.append(present(_residual(shapes, layers, int(config["hidden_size"])), shapes))
-    return with_known_fixed("llama", shapes, found, _is_known, "intermediate_size")
+        symmetries.append(present(_residual(shapes, layers, int(config["hidden_size"])), shapes))
+    return with_known_fixed("llama", shapes, symmetries, _is_known, "intermediate_size")
 
 
 def _layer(start: str, shapes: Shapes, heads: int, groups: int, width: int) -> Iterator[Symmetry]:

@@ -28,20 +28,20 @@ def specification(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> 
     prefix = "gpt_neox." if "gpt_neox.embed_in.weight" in shapes else ""
     layers = layers_of(shapes, f"{prefix}layers.{{layer}}.input_layernorm.weight")
     width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-    found = [
+    symmetries = [
         present(symmetry, shapes)
         for layer in layers
         for symmetry in _layer(f"{prefix}layers.{layer}.", shapes, heads, width // heads)
     ]
     if residual:
-        found.append(present(_residual(prefix, layers, width), shapes))
+        symmetries.append(present(_residual(prefix, layers, width), shapes))
     known = (f"{prefix}embed_in.", f"{prefix}final_layer_norm.", f"{prefix}layers.", *_HEADS)
 
     def is_known(name: str) -> bool:
-        # What reads the residual stream in a way of its own is not.
+        # Cross-attention reads another network, whose residual stream is not permuted.
         return name.startswith(known) and not (residual and "cross" in name)
 
-    return with_known_fixed("gpt_neox", shapes, found, is_known, "intermediate_size")
+    return with_known_fixed("gpt_neox", shapes, symmetries, is_known, "intermediate_size")
 
 
 def _layer(start: str, shapes: Shapes, heads: int, block: int) -> Iterator[Symmetry]:

@@ -1,8 +1,9 @@
 """Plain stacks of layers, as an `nn.Sequential` has them: linear, convolutional, normalising.
 
-Found by names and shapes alone: one name with a number in it for all layers, and widths that fit.
-What lies between (activations, pooling, dropout) works on each unit alone and needs no name; skip
-connections and a first convolution in groups cannot be seen, and need a specification.
+They are recognised by names and shapes alone: all layers have one name but for a number in it, and
+each reads as many units as the one before has. What lies between layers (activations, pooling,
+dropout) works on each unit by itself and does not matter. Skip connections and grouped convolutions
+cannot be seen: networks that have them need a specification.
 """
 
 from __future__ import annotations
@@ -25,14 +26,21 @@ class _Layer(NamedTuple):
 
 
 def specification(shapes: Shapes) -> Specification:
-    """A symmetry for every hidden width; raises `KarcherError` where that is no such stack."""
+    """The symmetries of a stack: one for every hidden layer.
+
+    Arguments:
+        shapes: Of the tensors of a raw checkpoint.
+
+    Raises:
+        KarcherError: If names and shapes are not those of a plain stack of layers.
+    """
     symmetries: list[Symmetry] = []
     fixed: list[tuple[str, int]] = []
-    # The moves of the layer before, which wait for one that reads its units.
+    # The moves of the last layer, until the layer comes that reads its units.
     waiting: list[Move] = []
     width = 0
     first = ""
-    # Norms over all units would notice units of zeros.
+    # A norm over all units would change if units of zeros were added.
     paddable = True
     for layer in _layers(shapes):
         parts = layer.parts
@@ -42,7 +50,7 @@ def specification(shapes: Shapes) -> Specification:
             if waiting:
                 if shape[1] % width:
                     raise _no_stack(f"{weight} reads {shape[1]} units, but {first} has {width}")
-                # Pixels of a channel follow each other where an image becomes a vector.
+                # Where an image becomes a vector, the pixels of a channel stand side by side.
                 waiting.append(Move(weight, 1, 0, shape[1] // width))
                 symmetries.append(
                     Symmetry(
@@ -79,11 +87,11 @@ def _layers(shapes: Shapes) -> list[_Layer]:
     layers: dict[int, _Layer] = {}
     for name in shapes:
         module, _, part = name.rpartition(".")
-        found = re.fullmatch(r"(\D*)(\d+)(\D*)", module)
-        if found is None or part not in (*_NORM_PARTS, _COUNT):
+        match = re.fullmatch(r"(\D*)(\d+)(\D*)", module)
+        if match is None or part not in (*_NORM_PARTS, _COUNT):
             raise _no_stack(f"{name} is not the name of one of its tensors")
-        templates.add(f"{found[1]}#{found[3]}")
-        number = int(found[2])
+        templates.add(f"{match[1]}#{match[3]}")
+        number = int(match[2])
         layers.setdefault(number, _Layer(number, {})).parts[part] = name
     if len(templates) != 1:
         raise _no_stack(f"its names begin differently ({', '.join(sorted(templates))})")
