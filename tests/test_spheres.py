@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from inputs import ambient_mean, cap
+from wide import WIDE, angle, norm
 
 from mergekit_karcher.kernels.chords import squared_chord
 from mergekit_karcher.kernels.gram import grams
-from mergekit_karcher.means.karcher import Group, Products
+from mergekit_karcher.means.inputs import checked_inputs
+from mergekit_karcher.means.products import products_of
 from mergekit_karcher.report.observation import observed
 from mergekit_karcher.sphere.pairwise import (
     as_seen_from,
@@ -17,18 +19,6 @@ from mergekit_karcher.sphere.pairwise import (
     geometry_of_gram,
     joined,
 )
-
-WIDE = np.longdouble
-
-
-def angle(p, q):
-    """Between two vectors, without their inner product."""
-    p, q = (np.asarray(v, WIDE) / np.sqrt((np.asarray(v, WIDE) ** 2).sum()) for v in (p, q))
-    return float(2 * np.arctan2(norm(p - q), norm(p + q)))
-
-
-def norm(vector):
-    return np.sqrt((np.asarray(vector, WIDE) ** 2).sum())
 
 
 def angles(vectors):
@@ -44,9 +34,9 @@ def look(vectors, base=None, dtype=torch.float64):
     tensors = [torch.as_tensor(v, dtype=dtype) for v in vectors]
     names = [f"m{index}" for index in range(len(tensors))]
     given = None if base is None else torch.as_tensor(base, dtype=dtype)
-    group = Group("w", tensors, names, given)
-    products = Products(*grams(tensors, base=given, with_base=base is not None))
-    return observed(group, products, names, [1.0] * len(names), None if base is None else "base")
+    inputs = checked_inputs("w", tensors, names, [1.0] * len(names), base=given)
+    products = products_of(inputs, with_base=True)
+    return observed(inputs, products, names, None if base is None else "base")
 
 
 @pytest.mark.parametrize("radius", [1e-8, 1e-6, 1e-4, 1e-2, 0.5, 1.5])

@@ -152,8 +152,8 @@ def _names(config: Path, report: Report) -> dict[str, str]:
     if missing or document["merge_method"] != report.settings.merge_method:
         raise KarcherError(
             f"The report is not on the merge that {config} describes"
-            f"{', which has no ' + ', '.join(sorted(missing)) if missing else ''}: write the "
-            "report again."
+            f"{' (no model of it is ' + ' or '.join(sorted(missing)) + ')' if missing else ''}: "
+            "write the report again."
         )
     metrics = list(metrics_in(document))
     names = {path: name for path, name in short_names(metrics, is_local).items() if path != name}

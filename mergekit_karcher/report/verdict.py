@@ -108,7 +108,7 @@ def _difference(report: Report) -> str:
         return (
             f"in {len(gaps)} of {len(report.tensors)} tensors Karcher differs from averaging "
             f"scaled to the same length by more than {output_dtype(report)} rounding, most in "
-            f"{worst} ({gaps[worst]:.2g} times as much)"
+            f"{worst} ({gaps[worst]:.2g} times the rounding)"
         )
     if any(tensor.granularity == "row" for tensor in report.tensors):
         return "the mean is taken row by row"
