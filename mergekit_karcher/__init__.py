@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "KarcherError": "mergekit_karcher.errors",
     "KarcherMean": "mergekit_karcher.means.result",
-    "Status": "mergekit_karcher.sphere.solver",
+    "Status": "mergekit_karcher.sphere.results",
     "fisher_mean": "mergekit_karcher.means.fisher",
     "karcher_mean": "mergekit_karcher.means.karcher",
     "register": "mergekit_karcher.host.install",

@@ -15,7 +15,7 @@ from mergekit.merge_methods.base import PerGroupValues
 from scipy.optimize import nnls
 
 from mergekit_karcher import KarcherError, Status, karcher_mean
-from mergekit_karcher.sphere.hemisphere import in_open_hemisphere
+from mergekit_karcher.sphere.uniqueness import in_open_hemisphere
 
 GRANULARITIES = ["tensor", "row", "model"]
 ORIGINS = ["zero", "base"]

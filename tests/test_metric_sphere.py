@@ -27,7 +27,7 @@ from mergekit_karcher.means.products import products_of
 from mergekit_karcher.means.solve import Settings
 from mergekit_karcher.report.observation import observed
 from mergekit_karcher.report.schema import Report
-from mergekit_karcher.sphere.solver import Status
+from mergekit_karcher.sphere.results import Status
 
 FLOOR = 1e-6
 

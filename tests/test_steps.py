@@ -13,7 +13,7 @@ from mpmath import mp, mpf
 
 from mergekit_karcher import karcher_mean
 from mergekit_karcher.kernels.gram import grams
-from mergekit_karcher.sphere.solver import _Spheres
+from mergekit_karcher.sphere.descent import Spheres
 from mergekit_karcher.sphere.trig import angle_terms
 
 mp.dps = 50
@@ -31,8 +31,8 @@ def test_functions_of_an_angle_equal_their_closed_forms(angle, dtype):
     theta = 2 * mp.asin(mp.sqrt(exact / 2))
     expected = {
         "theta": theta,
-        "stretch": theta / mp.sin(theta),
-        "cotangent": theta * mp.cot(theta),
+        "theta_over_sin": theta / mp.sin(theta),
+        "theta_cot": theta * mp.cot(theta),
         "curvature": (1 - theta * mp.cot(theta)) / mp.sin(theta) ** 2,
     }
     for name, value in expected.items():
@@ -57,10 +57,10 @@ def test_steps_go_down_and_never_beyond_a_radian():
         units /= np.linalg.norm(units, axis=1)[:, None]
         weights = 10.0 ** rng.uniform(-3, 0, len(units))
         gram = units @ units.T
-        sphere = _Spheres(2 - 2 * gram[None], (weights / weights.sum())[None])
+        sphere = Spheres(2 - 2 * gram[None], (weights / weights.sum())[None])
         point = sphere.points(np.eye(len(units))[:1])
         for _ in range(4):
-            after = sphere._step(point)
+            after = sphere.step(point)
             cosine = point.coefficients[0] @ gram @ after.coefficients[0]
             if point.alpha[0] > 1e-3:
                 taken += 1

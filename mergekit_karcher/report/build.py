@@ -25,8 +25,8 @@ from mergekit_karcher.report.schema import (
 )
 from mergekit_karcher.report.verdict import verdict_of
 from mergekit_karcher.sphere.pairwise import PairwiseGeometry, as_seen_from, joined
-from mergekit_karcher.sphere.solver import normalised
 from mergekit_karcher.sphere.trig import Floats
+from mergekit_karcher.sphere.unit_vectors import normalised
 
 
 class Planned(NamedTuple):

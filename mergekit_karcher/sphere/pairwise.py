@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_karcher.sphere.solver import angles_to_point
+from mergekit_karcher.sphere.descent import angles_to_point
 from mergekit_karcher.sphere.trig import Floats
 
 

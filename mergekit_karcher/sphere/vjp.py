@@ -1,19 +1,23 @@
-"""The derivative of the Karcher mean, in coefficients over its inputs and the upstream gradient."""
+"""The derivative of the Karcher mean, in coefficients over its inputs and the upstream gradient.
+
+Implicit differentiation of the equation tau = 0 that defines the mean direction x. With P the
+projection orthogonal to x, theta_i the angle from x to the unit input p_i, and b_i = w_i
+(1 - theta_i cot(theta_i)) / sin(theta_i)^2, the vector u solves
+
+    (alpha I + L diag b) u = <P p_i, v>        v: the upstream gradient;  L_ij = <P p_i, P p_j>
+
+and the magnitude M adds <v, x> dM/dW_i.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_karcher.sphere.solver import (
-    Magnitude,
-    SphereMeans,
-    Status,
-    magnitude_ratios,
-    normalised,
-    unit_grams,
-)
+from mergekit_karcher.sphere.magnitude import Magnitude, magnitude_gradients, magnitude_ratios
+from mergekit_karcher.sphere.results import SphereMeans, Status
 from mergekit_karcher.sphere.trig import Floats, angle_terms, times
+from mergekit_karcher.sphere.unit_vectors import normalised, unit_grams
 
 
 def vjp(
@@ -25,69 +29,82 @@ def vjp(
 ) -> tuple[Floats, Floats]:
     """Coefficients of the vector-Jacobian products of R means.
 
-    grams: (R, N + 1, N + 1), inner products of W_1 .. W_N and the upstream gradient v, scaled by
-        exponents (R, N + 1) as in `solve_means`.
-    weights: (N,), as given there. means: what it returned. magnitude: as given there.
+    Arguments:
+        grams: (R, N + 1, N + 1), inner products of W_1 .. W_N and the upstream gradient v, scaled
+            by exponents (R, N + 1) as in `solve_means`.
+        weights: (N,), as given there.
+        means: What it returned.
+        magnitude: As given there.
 
-    Returns a (R, N) and B (R, N, N) with dW_i = a_i v + sum_j B_ij W_j. Implicit differentiation
-    of tau = 0; with P the projection orthogonal to the mean direction x, u solves
-    (alpha I + L diag b) u = <P p_i, v>, and the magnitude M adds <v, x> dM/dW_i. An input without
-    direction or without weight has gradient zero, the fall-back that of the linear mean.
+    Returns:
+        a (R, N) and B (R, N, N), with the gradients dW_i = a_i v + sum_j B_ij W_j. They are zero
+        for an input without direction and where the mean has no length; those of the linear mean
+        where it was returned as the fall-back.
     """
     shares = normalised(weights)
-    count = len(shares)
+    rows, count = len(grams), len(shares)
     grams = grams.astype(np.float64)
     scaled_norms, unit = unit_grams(grams[:, :count, :count])
     directed = scaled_norms > 0
-    norms = np.ldexp(np.where(directed, scaled_norms, 1), exponents[:, :count])
-    present = directed.any(-1, keepdims=True)
-    weight = normalised(np.where(directed | ~present, shares, 0))
-    upstream = grams[:, :count, count] / np.where(directed, scaled_norms, 1)
-    inner = np.ldexp(upstream, exponents[:, count:])  # <p_i, v>
+    lengths = np.where(directed, scaled_norms, 1)
+    norms = np.where(directed, np.ldexp(lengths, exponents[:, :count]), 0)
+    inner = np.ldexp(grams[:, :count, count] / lengths, exponents[:, count:])  # <p_i, v>
+    per_norm = magnitude_ratios(magnitude, shares, norms, unit)
 
-    per_norm = magnitude_ratios(magnitude, shares, np.where(directed, norms, 0), unit)
+    ahead, among = np.zeros((rows, count)), np.zeros((rows, count, count))
+    fallen_back = means.statuses == Status.NOT_UNIQUE
+    ahead[fallen_back] = shares
+    # Zeros have no such equation either: not a mean of zeros, nor one that a zero makes zero.
+    solved = np.flatnonzero(~fallen_back & (per_norm > 0).any(-1))
+    if solved.size:
+        ahead[solved], among[solved] = _implicit(
+            unit[solved],
+            norms[solved],
+            per_norm[solved],
+            inner[solved],
+            shares,
+            means.coefficients[solved],
+            magnitude,
+        )
+    return ahead, among
+
+
+def _implicit(
+    unit: Floats,
+    norms: Floats,
+    per_norm: Floats,
+    inner: Floats,
+    shares: Floats,
+    coefficients: Floats,
+    magnitude: Magnitude,
+) -> tuple[Floats, Floats]:
+    """The same for means of length M > 0; per_norm: M / |W_i|, and inner: <p_i, v>, are (R, N)."""
+    directed = norms > 0
+    diagonal = np.arange(len(shares))
+    weight = normalised(np.where(directed, shares, 0))
     length = (per_norm * norms).max(-1, keepdims=True)  # M
-    usable = directed & (per_norm > 0)
-    c = np.where(usable, means.coefficients / np.where(usable, per_norm, 1), 0)
+    usable = per_norm > 0
+    c = np.where(usable, coefficients / np.where(usable, per_norm, 1), 0)
     cosines = times(unit, c)
     terms = angle_terms(np.clip(1 - cosines, 0, 2))
-    alpha = (weight * terms.cotangent).sum(-1)[:, None]
+    alpha = (weight * terms.theta_cot).sum(-1)[:, None]
     bend = weight * terms.curvature
     matrix = (unit - cosines[:, :, None] * cosines[:, None, :]) * bend[:, None, :]
-    diagonal = np.arange(count)
     matrix[:, diagonal, diagonal] += alpha
     along = (c * inner).sum(-1, keepdims=True)
-    # Fall-backs and zeros have no such equation.
-    matrix[[s in (Status.NOT_UNIQUE, Status.ZERO) for s in means.statuses]] = np.eye(count)
     u = np.linalg.solve(matrix, (inner - along * cosines)[:, :, None])[:, :, 0]
 
     # z, the tangent vector that v becomes, as coefficients of v and of the unit inputs.
     z_upstream = length / alpha
     bent = bend * u
     z_among = z_upstream * (((bent * cosines).sum(-1)[:, None] - along) * c - bent)
-    stretch = weight * terms.stretch
-    among = stretch[:, :, None] * z_among[:, None, :] - length[:, :, None] * (
+    pull = weight * terms.theta_over_sin
+    among = pull[:, :, None] * z_among[:, None, :] - length[:, :, None] * (
         bent[:, :, None] * c[:, None, :]
     )
-    among[:, diagonal, diagonal] -= length * u * (stretch - bend * cosines)
-    among += along[:, :, None] * _of_length(magnitude, shares, norms, unit, length)
+    among[:, diagonal, diagonal] -= length * u * (pull - bend * cosines)
+    among += along[:, :, None] * magnitude_gradients(magnitude, shares, norms, length)
+    lengths = np.where(directed, norms, 1)
     both = directed[:, :, None] & directed[:, None, :]
-    among = np.where(both, among / norms[:, :, None] / norms[:, None, :], 0)
-    ahead = np.where(directed, stretch * z_upstream / norms, 0)
-    for row in np.flatnonzero([s is Status.NOT_UNIQUE for s in means.statuses]):
-        ahead[row], among[row] = shares, 0
-    return ahead, among
-
-
-def _of_length(
-    magnitude: Magnitude, shares: Floats, norms: Floats, unit: Floats, length: Floats
-) -> Floats:
-    """n_i dM/dW_i as coefficients (R, N, N) over the unit inputs."""
-    if magnitude is Magnitude.LINEAR:
-        parts = shares * norms
-        safe = np.where(length > 0, length, 1)[:, :, None]
-        return parts[:, :, None] * (parts[:, None, :] / safe)
-    diagonal = np.eye(len(shares))
-    scale = length * shares if magnitude is Magnitude.GEOMETRIC else norms * shares
-    along: Floats = scale[:, :, None] * diagonal
-    return along
+    among = np.where(both, among / lengths[:, :, None] / lengths[:, None, :], 0)
+    return np.where(directed, pull * z_upstream / lengths, 0), among

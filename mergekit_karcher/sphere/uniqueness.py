@@ -1,37 +1,70 @@
-"""Whether unit inputs lie in one open hemisphere, where their mean is unique (Buss & Fillmore)."""
+"""The uniqueness certificate: unit inputs in one open hemisphere have one mean.
+
+Buss & Fillmore 2001, theorem 1. The inputs are given by their Gram matrix, so a certificate that
+rounding errors in that matrix could have made is not one.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_karcher.sphere.trig import Floats, times
+from mergekit_karcher.sphere.trig import Bools, Floats, times
 
 _EPS = float(np.finfo(np.float64).eps)
 
+# An angle counts as smaller than pi/2 if 1 - cos(angle) is smaller than one by this much.
+_RIGHT_ANGLE_MARGIN = 1e-9
+
 
 def gram_rounding(count: int) -> float:
-    """A bound on the spectral norm of the rounding errors in a unit Gram matrix of that size."""
+    """A bound on the spectral norm of the rounding errors in a unit Gram matrix (count, count)."""
     return 64 * count * _EPS
 
 
-def linearly_independent(unit: Floats) -> NDArray[np.bool_]:
-    """Whether unit inputs (R, N, N) are independent, so that they lie in an open hemisphere.
+def near_a_pole(versines: Floats, directed: Bools) -> Bools:
+    """Whether all inputs are nearer than pi/2 to one point, the pole of an open hemisphere.
+
+    Arguments:
+        versines: 1 - cos of the angle from each input to that point, (R, N).
+        directed: Which of the inputs count, (R, N).
+
+    Returns:
+        (R,)
+    """
+    near = (versines < 1 - _RIGHT_ANGLE_MARGIN) | ~directed
+    return np.asarray(near.all(-1))
+
+
+def linearly_independent(unit: Floats) -> Bools:
+    """Whether unit inputs are linearly independent, so that they lie in an open hemisphere.
 
     By Weyl's inequality the smallest eigenvalue is off by no more than the Gram matrix is.
+
+    Arguments:
+        unit: Their Gram matrices, (R, N, N).
+
+    Returns:
+        (R,)
     """
     smallest = np.linalg.eigvalsh(unit.astype(np.float64))[:, 0]
-    independent: NDArray[np.bool_] = smallest > gram_rounding(unit.shape[-1])
+    independent: Bools = smallest > gram_rounding(unit.shape[-1])
     return independent
 
 
-def in_open_hemisphere(unit: Floats) -> NDArray[np.bool_]:
-    """Whether some y has <p_i, y> > 0 for all i, for each of the Gram matrices unit (R, N, N).
+def in_open_hemisphere(unit: Floats) -> Bools:
+    """Whether some y has <p_i, y> > 0 for all i.
 
     That is so exactly if zero is not in the convex hull of the inputs. The squared distance d^2
     of the hull from zero comes from a non-negative least squares problem (Lawson & Hanson's LDP):
     min |P l|^2 + (1 - sum l)^2 over l >= 0 is d^2 / (1 + d^2). It is solved by Lawson and Hanson's
     active sets, on all R at once.
+
+    Arguments:
+        unit: The Gram matrices of the p_i, (R, N, N).
+
+    Returns:
+        (R,); False also where rounding errors leave it open.
     """
     rows, count = unit.shape[:2]
     diagonal = np.arange(count)
@@ -53,13 +86,13 @@ def in_open_hemisphere(unit: Floats) -> NDArray[np.bool_]:
         passive[active, entering] = True
         _solve_passive(system, passive, multipliers, active)
     residual = 1 - 2 * multipliers.sum(-1) + (multipliers * times(system, multipliers)).sum(-1)
-    inside: NDArray[np.bool_] = residual > gram_rounding(count)
+    inside: Bools = residual > gram_rounding(count)
     inside[active] = False  # those that did not end: nothing is proven
     return inside
 
 
 def _solve_passive(
-    system: Floats, passive: NDArray[np.bool_], multipliers: Floats, active: NDArray[np.intp]
+    system: Floats, passive: Bools, multipliers: Floats, active: NDArray[np.intp]
 ) -> None:
     """Least squares over the passive sets; what would turn negative leaves its set."""
     diagonal = np.arange(system.shape[-1])
