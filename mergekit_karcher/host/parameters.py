@@ -15,7 +15,7 @@ from pydantic import ValidationError, WrapValidator
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.means.metric import FLOOR, check_floor
 from mergekit_karcher.means.solve import MAX_ITER, TOL, Settings, check_stopping
-from mergekit_karcher.sphere.solver import Magnitude
+from mergekit_karcher.sphere.magnitude import Magnitude
 
 
 def _parameter(

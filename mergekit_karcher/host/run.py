@@ -13,7 +13,7 @@ import numpy as np
 
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.report.observation import Observation
-from mergekit_karcher.sphere.solver import Status
+from mergekit_karcher.sphere.results import Status
 
 _LOG = logging.getLogger(__name__)
 

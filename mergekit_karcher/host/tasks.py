@@ -36,7 +36,7 @@ from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.means.solve import mean_of_products
 from mergekit_karcher.report.build import Planned, build
 from mergekit_karcher.report.store import NO_PLOTS, write
-from mergekit_karcher.sphere.solver import Status
+from mergekit_karcher.sphere.results import Status
 
 _LOG = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from mergekit_karcher.means.solve import (
     solve,
     solve_whole,
 )
-from mergekit_karcher.sphere.solver import SphereMeans
+from mergekit_karcher.sphere.results import SphereMeans
 from mergekit_karcher.sphere.trig import Floats
 from mergekit_karcher.sphere.vjp import vjp
 

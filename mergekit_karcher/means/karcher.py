@@ -13,7 +13,7 @@ from mergekit_karcher.means.inputs import checked_inputs
 from mergekit_karcher.means.metric import FLOOR, warn_of_zeros
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.means.solve import MAX_ITER, TOL, Settings
-from mergekit_karcher.sphere.solver import Magnitude
+from mergekit_karcher.sphere.magnitude import Magnitude
 
 
 def karcher_mean(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mergekit_karcher.sphere.solver import SphereMeans, Status
+from mergekit_karcher.sphere.results import SphereMeans, Status
 from mergekit_karcher.sphere.trig import Floats
 
 # The worst one of many rows comes first.

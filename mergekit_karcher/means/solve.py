@@ -16,7 +16,9 @@ from mergekit_karcher.means.finite import check_result
 from mergekit_karcher.means.inputs import Inputs
 from mergekit_karcher.means.products import Products, needs_exact, products_of, total
 from mergekit_karcher.means.result import KarcherMean, over_rows
-from mergekit_karcher.sphere.solver import Magnitude, SphereMeans, solve_means
+from mergekit_karcher.sphere.magnitude import Magnitude
+from mergekit_karcher.sphere.results import SphereMeans
+from mergekit_karcher.sphere.solver import solve_means
 from mergekit_karcher.sphere.trig import Floats
 
 MAX_ITER = 100
