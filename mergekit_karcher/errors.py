@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import click
 
 
@@ -15,5 +17,8 @@ class KarcherError(click.ClickException, RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, as far as it fits in a sentence."""
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+        # torch explains how to lift the restriction, which is not what to do.
+        return "it holds more than tensors and numbers, and such a file could run any code"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
