@@ -109,12 +109,12 @@ def geometry_of_differences(gram: Floats, exponents: NDArray[np.int64]) -> Pairw
     scale = np.ldexp(np.ones(exponents.shape, np.longdouble), exponents)
     full = gram * scale[:, None] * scale
     inner, across, base = full[:-1, :-1], full[:-1, -1], full[-1, -1]
-    own = np.diagonal(inner)
-    norms = np.sqrt(np.maximum(np.append(own + 2 * across + base, base), 0))
+    squares = np.diagonal(inner)
+    norms = np.sqrt(np.maximum(np.append(squares + 2 * across + base, base), 0))
     apart = np.zeros(full.shape, np.longdouble)
-    apart[:-1, :-1] = own[:, None] + own - 2 * inner
-    apart[-1, :-1] = apart[:-1, -1] = own
-    rise = np.append(own + 2 * across, 0)  # |W_i|^2 - |B|^2
+    apart[:-1, :-1] = squares[:, None] + squares - 2 * inner
+    apart[-1, :-1] = apart[:-1, -1] = squares
+    rise = np.append(squares + 2 * across, 0)  # |W_i|^2 - |B|^2
     sums = norms[:, None] + norms
     steps = (rise[:, None] - rise) / np.where(sums > 0, sums, 1)
     return PairwiseGeometry(_double(norms), _double(_chords(apart, steps, norms)))
