@@ -1,6 +1,7 @@
 # make demo: three tiny language models, trained here, looked at, merged, and compared.
 # make test: lint, types, all tests, and mergekit's own tests with the plugin and without.
-# Both make .venv first; they need Python 3.10 or later, and a network on the first run.
+# Both make .venv first; they need Python 3.10 or later, and a network on the first run, make test
+# also later for mergekit's tests, which come from PyPI.
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +21,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
-	$(BIN)/python tests/mergekit_suite/run.py
+	$(MAKE) test-mergekit
 
 test-mergekit: $(VENV)/.installed
 	$(BIN)/python tests/mergekit_suite/run.py

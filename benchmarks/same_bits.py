@@ -59,7 +59,12 @@ def main(old: str, new: str, *names: str) -> int:
         inputs, sides = Path(folder) / "inputs", [Path(folder) / side for side in ("old", "new")]
         for path in (inputs, *sides):
             path.mkdir()
-        cases = [case for case in all_cases(inputs) if not names or case.name in names]
+        every = {case.name: case for case in all_cases(inputs)}
+        if unknown := set(names) - every.keys():
+            sys.exit(
+                f"There is no case {', '.join(sorted(unknown))}: give any of {', '.join(every)}."
+            )
+        cases = [every[name] for name in names or every]
         different = 0
         for case in cases:
             # Side by side: most of the time goes into Python's start.
