@@ -29,6 +29,23 @@ def balanced(rng, count, size, radius):
     ]
 
 
+def hard_spheres(rng):
+    """Batches of N vectors, (4, N, D), of which some have no mean, no direction or no length."""
+    for size in (1, 2, 3, 5):
+        for count in (1, 2, 3, 4, 7):
+            plain = rng.standard_normal((4, count, size))
+            yield plain
+            zeros = plain.copy()
+            zeros[0], zeros[1, 0] = 0, 0
+            yield zeros
+            antipodal = plain.copy()
+            antipodal[:, 0] = -antipodal[:, -1]
+            yield antipodal
+            yield rng.integers(-1, 2, plain.shape).astype(np.float64)
+            yield plain[:, [0] * count]
+            yield np.concatenate([np.abs(plain[..., :1]) + 1e-9, plain[..., 1:]], axis=-1)
+
+
 def ambient_mean(inputs, weights, steps=4000):
     """A plain float64 Karcher mean of whole vectors (Algorithm 1), where 50 digits are slow."""
     matrix = np.array([_unit(v) for v in inputs])

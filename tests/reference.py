@@ -23,9 +23,9 @@ def karcher(inputs, weights):
     x = _unit(_combine(shares, units))
     for _ in range(20000):
         angles = [_angle(x, unit) for unit in units]
-        stretch = [w * _stretch(t) for w, t in zip(shares, angles, strict=True)]
-        alpha = sum(w * _stretch(t) * mp.cos(t) for w, t in zip(shares, angles, strict=True))
-        step = [a - alpha * b for a, b in zip(_combine(stretch, units), x, strict=True)]
+        pulls = [w * _theta_over_sin(t) for w, t in zip(shares, angles, strict=True)]
+        alpha = sum(w * _theta_over_sin(t) * mp.cos(t) for w, t in zip(shares, angles, strict=True))
+        step = [a - alpha * b for a, b in zip(_combine(pulls, units), x, strict=True)]
         length = mp.sqrt(_dot(step, step))
         if length < mpf(10) ** -32:
             break
@@ -35,7 +35,7 @@ def karcher(inputs, weights):
     else:
         raise AssertionError("the reference did not converge")
     magnitude = sum(w * n for w, n in zip(shares, norms, strict=True))
-    coefficients = [magnitude * s / (alpha * n) for s, n in zip(stretch, norms, strict=True)]
+    coefficients = [magnitude * p / (alpha * n) for p, n in zip(pulls, norms, strict=True)]
     return coefficients, [magnitude * v for v in x], angles, alpha
 
 
@@ -58,5 +58,5 @@ def _angle(a, b):
     return 2 * mp.atan2(mp.sqrt(_dot(difference, difference)), mp.sqrt(_dot(summed, summed)))
 
 
-def _stretch(angle):
+def _theta_over_sin(angle):
     return mpf(1) if angle == 0 else angle / mp.sin(angle)

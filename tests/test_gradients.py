@@ -53,6 +53,16 @@ def test_zero_inputs_and_zero_weights_have_gradient_zero():
     assert first.grad.abs().sum() > 0
 
 
+def test_a_zero_input_that_makes_the_mean_zero_stops_every_gradient():
+    """The product of the norms is zero, whatever the other inputs do."""
+    inputs = leaves([np.zeros(4), np.ones(4), np.arange(4.0)])
+    mean, result = karcher_mean(inputs, magnitude="geometric")
+    assert result.status is Status.CONVERGED
+    mean.sum().backward()
+    for tensor in inputs:
+        assert torch.equal(tensor.grad, torch.zeros(4, dtype=torch.float64))
+
+
 def test_only_inputs_that_ask_get_a_gradient_in_their_own_dtype_and_layout(monkeypatch):
     monkeypatch.setattr("mergekit_karcher.kernels.gram.CHUNK_ELEMENTS", 64)
     monkeypatch.setattr("mergekit_karcher.kernels.combine.CHUNK_ELEMENTS", 32)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import multiprocessing
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from wide import WIDE, norm
 
 from mergekit_karcher import fisher_mean, karcher_mean
+from mergekit_karcher.kernels.chords import squared_chord
 from mergekit_karcher.kernels.chunks import walk, working_device
 from mergekit_karcher.kernels.combine import combine
 from mergekit_karcher.kernels.gram import grams
@@ -101,9 +104,9 @@ def test_rows_and_differences_equal_the_plain_formulas(layout, dtype, based):
 
     factors = np.random.default_rng(0).standard_normal((rows, 3))
     factors[:, 2] = 0
-    for own in (factors, factors[0]):
-        combined = combine(tensors, own, dtype, base=base)
-        column = torch.as_tensor(np.broadcast_to(own, factors.shape).copy())
+    for coefficients in (factors, factors[0]):
+        combined = combine(tensors, coefficients, dtype, base=base)
+        column = torch.as_tensor(np.broadcast_to(coefficients, factors.shape).copy())
         column = column.view(rows, 3, *[1] * (origin.ndim - 1))
         terms = [column[:, index] * tensor for index, tensor in enumerate(wide)]
         exact_sum = origin + sum(terms)
@@ -111,6 +114,37 @@ def test_rows_and_differences_equal_the_plain_formulas(layout, dtype, based):
         error = (combined.double() - exact_sum).abs()
         assert combined.is_contiguous()
         assert (error <= torch.finfo(dtype).eps * size).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_gram_is_better_than_float64(dtype, monkeypatch):
+    """Against exact rational sums, over thousands of chunks."""
+    monkeypatch.setattr("mergekit_karcher.kernels.gram.CHUNK_ELEMENTS", 8)
+    monkeypatch.setattr("mergekit_karcher.kernels.gram._SUM_ELEMENTS", 4)
+    generator = torch.Generator().manual_seed(0)
+    tensors = list(torch.randn(2, 9001, generator=generator, dtype=torch.float64).to(dtype))
+    (matrix,), (exponents,) = grams(tensors, exact=True)
+    rows = [[Fraction(v) for v in tensor.tolist()] for tensor in tensors]
+    for i, j in ((0, 0), (0, 1), (1, 1)):
+        exact = sum(a * b for a, b in zip(rows[i], rows[j], strict=True))
+        size = sum(abs(a * b) for a, b in zip(rows[i], rows[j], strict=True))
+        value = Fraction(*np.ldexp(matrix, exponents[:, None] + exponents)[i, j].as_integer_ratio())
+        bound = 2.0**-60 if np.finfo(np.longdouble).nmant > 52 else 2.0**-52
+        assert abs(value - exact) <= bound * size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_chords_of_narrow_dtypes_and_strided_tensors(dtype):
+    generator = torch.Generator().manual_seed(4)
+    first = torch.randn(60, 50, generator=generator).to(dtype)
+    second = first.clone()
+    second[7, 3] *= 1.25
+    pair = (first.double().ravel().numpy(), second.double().ravel().numpy())
+    norms = tuple(float(norm(v)) for v in pair)
+    unit = [np.asarray(v, WIDE) / norm(v) for v in pair]
+    expected = float(norm(unit[0] - unit[1]) ** 2)
+    assert squared_chord(first, second, norms) == pytest.approx(expected, rel=1e-9)
+    assert squared_chord(first.mT, second.mT, norms) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -177,7 +211,7 @@ def peak_scratch(tensors, threads, mean_of=karcher_mean, **options):
         torch.set_num_threads(threads)
         mean_of(tensors, **options)  # the threads start
         with torch.profiler.profile(profile_memory=True) as profile:
-            found = mean_of(tensors, **options)
+            result = mean_of(tensors, **options)
     finally:
         torch.set_num_threads(before)
     live = peak = 0
@@ -185,7 +219,7 @@ def peak_scratch(tensors, threads, mean_of=karcher_mean, **options):
         if event.name() == "[memory]":
             live += event.nbytes()
             peak = max(peak, live)
-    mean = found if isinstance(found, torch.Tensor) else found[0]
+    mean = result if isinstance(result, torch.Tensor) else result[0]
     assert peak >= mean.nbytes
     return peak - mean.nbytes
 

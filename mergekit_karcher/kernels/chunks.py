@@ -10,7 +10,7 @@ import torch
 
 
 class Piece(NamedTuple):
-    """The rows start .. start + length of what the leading indices select."""
+    """The rows start to start + length of what the leading indices select of a tensor."""
 
     leading: tuple[int, ...]
     start: int
@@ -24,7 +24,7 @@ class Piece(NamedTuple):
 
 
 def rows_of(piece: Piece) -> slice:
-    """Which indices of the first axis a piece has to do with, of views that kept that axis."""
+    """The indices of the first axis that a piece lies in, of views that kept that axis."""
     start, length = (piece.leading[0], 1) if piece.leading else (piece.start, piece.length)
     return slice(start, start + length)
 
@@ -32,10 +32,18 @@ def rows_of(piece: Piece) -> slice:
 def walk(
     tensors: Sequence[torch.Tensor], limit: int, *, by_row: bool = False
 ) -> tuple[list[torch.Tensor], list[Piece]]:
-    """Views of the tensors and the pieces, of at most limit elements, that cover them.
+    """Cut tensors of one shape into pieces.
 
     Contiguous tensors are walked flat, or with by_row as matrices that keep the first axis; as soon
     as one is strided, all keep their shape, because flattening that one would copy it.
+
+    Arguments:
+        tensors: N >= 1 of one shape, any dtypes and strides. Borrowed.
+        limit: The most elements a piece has.
+        by_row: Whether the first axis is kept; it then takes tensors of two axes or more.
+
+    Returns:
+        Views of the tensors, and the pieces, which cover every element of a view once.
     """
     views = [tensor.detach() for tensor in tensors]
     if all(view.is_contiguous() for view in views):

@@ -12,7 +12,8 @@ class SharedMetric(NamedTuple):
     """G = 4^exponent (constant + sum_k weights_k G_k), element by element, of one tensor.
 
     tensors: the G_k, of the tensor's shape and device, any floating dtypes and strides; borrowed.
-    exponent: keeps what is left of G near one, so that no square of it leaves float64's range.
+    weights: one for each of them. constant: what is added to every element.
+    exponent: keeps the rest of G near one, so that no square of it leaves float64's range.
     """
 
     tensors: Sequence[torch.Tensor]
@@ -20,18 +21,26 @@ class SharedMetric(NamedTuple):
     constant: float
     exponent: int
 
-    def rows(self, here: slice) -> SharedMetric:
-        """The same of some of the tensor's rows."""
-        return self._replace(tensors=[tensor[here] for tensor in self.tensors])
+    def rows(self, rows: slice) -> SharedMetric:
+        """The metric of some of the tensor's rows, as views."""
+        return self._replace(tensors=[tensor[rows] for tensor in self.tensors])
 
     def roots(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """sqrt(G) / 2^exponent of a piece; parts: the pieces of the tensors. out: float64."""
+        """Write sqrt(G) / 2^exponent of a piece into out.
+
+        Arguments:
+            parts: That piece of each of the tensors.
+            out: float64, of the shape of the piece.
+
+        Returns:
+            out.
+        """
         out.fill_(self.constant)
         for part, weight in zip(parts, self.weights, strict=True):
             out.add_(part.to(out.device), alpha=weight)
         return out.sqrt_()
 
     def dense(self, like: torch.Tensor) -> torch.Tensor:
-        """G / 4^exponent, as a new float64 tensor of the shape of like."""
+        """G / 4^exponent, a new float64 tensor of the shape and on the device of like."""
         roots = self.roots(self.tensors, like.new_empty(like.shape, dtype=torch.float64))
         return roots.square_()

@@ -139,7 +139,7 @@ def _linear_gap(
     # What rounding took from the files cannot be told apart in the output either.
     roundoff = max(output_roundoff or 0.0, float(np.nanmin(observation.roundoffs)))
     rounding = roundoff * RMS_ROUNDING * _mean_norm(observation.zero, shares)
-    gap = sphere.gap(coefficients, shares) * _mean_norm(sphere, shares)
+    gap = sphere.chord_between(coefficients, shares) * _mean_norm(sphere, shares)
     return _number(gap / (rounding or float("nan")))
 
 

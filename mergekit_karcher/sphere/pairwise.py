@@ -1,5 +1,6 @@
-"""N vectors as seen from an origin: norms and chords, which keep small angles where cosines do not.
+"""The geometry of N vectors as seen from an origin: their norms, and the chords between them.
 
+Chords keep small angles where cosines do not.
 With the unit vectors p_i = W_i / |W_i| and c_ij = |p_i - p_j|^2, everything that a Gram matrix says
 can be said without cancellation:
 
@@ -22,10 +23,10 @@ from mergekit_karcher.sphere.trig import Floats
 
 @dataclass(frozen=True, eq=False)
 class PairwiseGeometry:
-    """N vectors W_i as seen from one origin.
+    """The lengths of N vectors W_i and the angles between them, as seen from one origin.
 
-    norms: (N,), NaN for a vector that is not there.
-    chords: (N, N), |p_i - p_j|^2 in [0, 4], NaN where one of the two has no direction.
+    norms: (N,) float64, |W_i|; NaN for a vector that is missing.
+    chords: (N, N) float64, |p_i - p_j|^2 in [0, 4]; NaN where one of the two is zero or missing.
     """
 
     norms: Floats
@@ -33,31 +34,38 @@ class PairwiseGeometry:
 
     @property
     def angles(self) -> Floats:
-        """Radians between the vectors, (N, N)."""
+        """Radians between the vectors, (N, N); NaN as the chords are."""
         angles: Floats = 2 * np.arctan2(np.sqrt(self.chords), np.sqrt(4 - self.chords))
         return angles
 
     @property
     def squared_differences(self) -> Floats:
-        """|W_i - W_j|^2, (N, N); a vector without direction is at zero."""
+        """|W_i - W_j|^2, (N, N)."""
         n = self.norms
         across = np.where((n[:, None] == 0) | (n == 0), 0, n[:, None] * n * self.chords)
         differences: Floats = across + (n[:, None] - n) ** 2
         return differences
 
     def take(self, index: NDArray[np.intp]) -> PairwiseGeometry:
-        """Some of the vectors."""
+        """The geometry of some of the vectors, in the order of index."""
         return PairwiseGeometry(self.norms[index], self.chords[np.ix_(index, index)])
 
     def among(self, index: NDArray[np.intp], count: int) -> PairwiseGeometry:
-        """The vectors at those places among count, the others of which are not there."""
+        """The geometry of count vectors, of which these are at index and the others missing."""
         norms, chords = np.full(count, np.nan), np.full((count, count), np.nan)
         norms[index] = self.norms
         chords[np.ix_(index, index)] = self.chords
         return PairwiseGeometry(norms, chords)
 
     def linear_length(self, shares: Floats) -> float:
-        """|sum w_i W_i| / sum w_i |W_i| over the vectors that are there; NaN where all are zero."""
+        """How much of their length the vectors keep in their weighted linear mean.
+
+        Arguments:
+            shares: The weights w_i, (N,); those of missing vectors do not count.
+
+        Returns:
+            |sum w_i W_i| / sum w_i |W_i|, at most 1; NaN where all vectors with a weight are zero.
+        """
         index = np.flatnonzero(self.norms > 0)
         parts = shares[index] * self.norms[index]
         total = parts.sum()
@@ -67,22 +75,35 @@ class PairwiseGeometry:
         return float(np.sqrt(max(0.0, 1 - lost / total**2)))
 
     def angles_to(self, coefficients: Floats) -> Floats:
-        """Radians from each vector to sum k_i W_i, (N,); NaN without a direction."""
-        directed = self.norms > 0
+        """The angles from the vectors to a combination of them.
+
+        Arguments:
+            coefficients: The k_i, (N,); those of missing vectors do not count.
+
+        Returns:
+            Radians from each W_i to sum k_i W_i, (N,); NaN where one of the two is zero.
+        """
         angles = np.full(len(self.norms), np.nan)
-        index = np.flatnonzero(directed)
+        index = np.flatnonzero(self.norms > 0)
         if index.size:
             some = self.take(index)
             angles[index] = angles_to_point(some.chords, coefficients[index] * some.norms)
         return angles
 
-    def gap(self, first: Floats, second: Floats) -> float:
-        """The chord between the directions of sum a_i W_i and of sum b_i W_i, at most 2."""
-        index = np.flatnonzero(self.norms > 0)
-        some = self.take(index)
+    def chord_between(self, first: Floats, second: Floats) -> float:
+        """How far apart the directions of two combinations of the vectors are.
+
+        Arguments:
+            first, second: The a_i and b_i, (N,); those of missing vectors do not count.
+
+        Returns:
+            The distance of sum a_i W_i / |sum a_i W_i| from sum b_i W_i / |sum b_i W_i|, at most 2;
+            NaN where one of the two is zero.
+        """
+        some = self.take(np.flatnonzero(self.norms > 0))
         units = []
         for coefficients in (first, second):
-            parts = coefficients[index] * some.norms
+            parts = coefficients[self.norms > 0] * some.norms
             squared = parts.sum() ** 2 - parts @ some.chords @ parts / 2
             if not squared > 0:
                 return float("nan")
@@ -92,7 +113,15 @@ class PairwiseGeometry:
 
 
 def geometry_of_gram(gram: Floats, exponents: NDArray[np.int64]) -> PairwiseGeometry:
-    """From inner products (N, N), scaled by 2^-(e_i + e_j), of vectors seen from zero."""
+    """The geometry of vectors from their inner products.
+
+    Arguments:
+        gram: (N, N), <W_i, W_j> 2^-(e_i + e_j).
+        exponents: The e_i, (N,).
+
+    Returns:
+        The vectors as seen from zero.
+    """
     scaled = np.sqrt(np.maximum(np.diagonal(gram), 0))
     lengths = np.where(scaled > 0, scaled, np.nan)
     chords = np.clip(2 - 2 * gram / lengths[:, None] / lengths, 0, 4)
@@ -101,15 +130,22 @@ def geometry_of_gram(gram: Floats, exponents: NDArray[np.int64]) -> PairwiseGeom
 
 
 def geometry_of_differences(gram: Floats, exponents: NDArray[np.int64]) -> PairwiseGeometry:
-    """The vectors seen from zero, from inner products of differences (N + 1, N + 1).
+    """The geometry of N vectors and their base from the inner products of differences.
 
-    The first N are those of W_i - B, the last is B itself; so are those of the result W_i and B.
     What is subtracted is as small as the differences are, so that close ones keep their angles.
+
+    Arguments:
+        gram: (N + 1, N + 1), scaled by exponents as for `geometry_of_gram`; the first N vectors
+            are the differences W_i - B, the last is the base B itself.
+        exponents: (N + 1,).
+
+    Returns:
+        W_1 .. W_N and B as seen from zero.
     """
     scale = np.ldexp(np.ones(exponents.shape, np.longdouble), exponents)
     full = gram * scale[:, None] * scale
     inner, across, base = full[:-1, :-1], full[:-1, -1], full[-1, -1]
-    squares = np.diagonal(inner)
+    squares = np.diagonal(inner)  # |W_i - B|^2
     norms = np.sqrt(np.maximum(np.append(squares + 2 * across + base, base), 0))
     apart = np.zeros(full.shape, np.longdouble)
     apart[:-1, :-1] = squares[:, None] + squares - 2 * inner
@@ -121,7 +157,15 @@ def geometry_of_differences(gram: Floats, exponents: NDArray[np.int64]) -> Pairw
 
 
 def as_seen_from(sphere: PairwiseGeometry, index: int) -> PairwiseGeometry:
-    """The vectors as seen from one of them, which itself is not there any more (NaN)."""
+    """The geometry of vectors as seen from one of them.
+
+    Arguments:
+        sphere: N vectors as seen from any origin.
+        index: The one that becomes the origin.
+
+    Returns:
+        The N vectors; the one that is now the origin counts as missing.
+    """
     squared = sphere.squared_differences
     norms = np.sqrt(squared[index])
     chords = _chords(squared, norms[:, None] - norms, norms)
@@ -130,7 +174,15 @@ def as_seen_from(sphere: PairwiseGeometry, index: int) -> PairwiseGeometry:
 
 
 def joined(spheres: Sequence[PairwiseGeometry]) -> PairwiseGeometry:
-    """Vectors that consist of those parts; a pair counts the parts that both of it have."""
+    """The geometry of vectors that consist of parts, such as models of tensors.
+
+    Arguments:
+        spheres: The geometry of each part, all of N vectors.
+
+    Returns:
+        The whole vectors. A part that a vector misses adds nothing to it; the chord between two
+        vectors counts the parts that neither of them misses.
+    """
     norms = np.array([sphere.norms for sphere in spheres])
     parts = np.array([np.nan_to_num(sphere.chords) for sphere in spheres])
     both = np.isfinite(norms[:, :, None]) & np.isfinite(norms[:, None, :])
@@ -141,8 +193,8 @@ def joined(spheres: Sequence[PairwiseGeometry]) -> PairwiseGeometry:
     # |sum a p - sum b q|^2 over orthogonal parts, a and b of length one: no digit is lost.
     chords = (shares * others * parts + (shares - others) ** 2).sum(0)
     chords = np.where((totals > 0) & (totals.T > 0), np.clip(chords, 0, 4), np.nan)
-    there = np.isfinite(norms).any(0)
-    lengths = np.where(there, np.sqrt((np.nan_to_num(norms) ** 2).sum(0)), np.nan)
+    present = np.isfinite(norms).any(0)
+    lengths = np.where(present, np.sqrt((np.nan_to_num(norms) ** 2).sum(0)), np.nan)
     np.fill_diagonal(chords, np.where(lengths > 0, 0, np.nan))
     return PairwiseGeometry(lengths, chords)
 
@@ -156,5 +208,5 @@ def _chords(squared: Floats, steps: Floats, norms: Floats) -> Floats:
 
 
 def _double(values: Floats) -> Floats:
-    """As float64: what is told of the vectors needs no more."""
+    """As float64: a report needs no more digits."""
     return values.astype(np.float64)

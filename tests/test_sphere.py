@@ -1,20 +1,22 @@
-"""What the answer alone does not show: the table of functions, the steps, the exact sums."""
+"""The sphere by itself: functions of an angle, the steps, and numbers that stay finite."""
 
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from inputs import cap
+from inputs import cap, hard_spheres
 from mpmath import mp, mpf
 
 from mergekit_karcher import karcher_mean
-from mergekit_karcher.kernels.gram import grams
 from mergekit_karcher.sphere.descent import Spheres
+from mergekit_karcher.sphere.magnitude import Magnitude
+from mergekit_karcher.sphere.results import Status
+from mergekit_karcher.sphere.solver import solve_means
 from mergekit_karcher.sphere.trig import angle_terms
+from mergekit_karcher.sphere.vjp import vjp
 
 mp.dps = 50
 
@@ -77,18 +79,50 @@ def test_a_loose_tolerance_still_gets_the_square_of_it():
     assert result.residual < 1e-9
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_gram_is_better_than_float64(dtype, monkeypatch):
-    """Against exact rational sums, over thousands of chunks."""
-    monkeypatch.setattr("mergekit_karcher.kernels.gram.CHUNK_ELEMENTS", 8)
-    monkeypatch.setattr("mergekit_karcher.kernels.gram._SUM_ELEMENTS", 4)
-    generator = torch.Generator().manual_seed(0)
-    tensors = list(torch.randn(2, 9001, generator=generator, dtype=torch.float64).to(dtype))
-    (matrix,), (exponents,) = grams(tensors, exact=True)
-    rows = [[Fraction(v) for v in tensor.tolist()] for tensor in tensors]
-    for i, j in ((0, 0), (0, 1), (1, 1)):
-        exact = sum(a * b for a, b in zip(rows[i], rows[j], strict=True))
-        size = sum(abs(a * b) for a, b in zip(rows[i], rows[j], strict=True))
-        value = Fraction(*np.ldexp(matrix, exponents[:, None] + exponents)[i, j].as_integer_ratio())
-        bound = 2.0**-60 if np.finfo(np.longdouble).nmant > 52 else 2.0**-52
-        assert abs(value - exact) <= bound * size
+def solved(vectors, upstream, weights, magnitude, max_iter=100):
+    """The means of R groups of vectors (R, N, D), and their derivative towards (R, D)."""
+    everything = np.concatenate([vectors, upstream[:, None]], axis=1)
+    gram = everything @ everything.transpose(0, 2, 1)
+    exponents = np.zeros(gram.shape[:2], np.int64)
+    options = {"magnitude": magnitude, "max_iter": max_iter, "tol": 1e-12}
+    means = solve_means(gram[:, :-1, :-1], weights, exponents[:, :-1], **options)
+    return means, vjp(gram, weights, exponents, means, magnitude)
+
+
+@pytest.mark.parametrize("magnitude", Magnitude)
+@pytest.mark.parametrize("max_iter", [1, 2, 100])
+def test_nothing_is_divided_by_zero(magnitude, max_iter):
+    """Zeros, fall-backs and means of no length stand beside others in one batch."""
+    rng = np.random.default_rng(0)
+    statuses = set()
+    for vectors in hard_spheres(rng):
+        weights = 10.0 ** rng.uniform(-3, 0, vectors.shape[1])
+        upstream = rng.standard_normal((len(vectors), vectors.shape[2]))
+        for given in (weights, np.ones_like(weights)):
+            with np.errstate(divide="raise", invalid="raise", over="raise"):
+                means, gradients = solved(vectors, upstream, given, magnitude, max_iter)
+            assert np.isfinite(means.coefficients).all()
+            assert all(np.isfinite(part).all() for part in gradients)
+            statuses.update(means.statuses)
+    assert statuses >= {Status.CONVERGED, Status.NOT_UNIQUE, Status.ZERO}
+
+
+@pytest.mark.parametrize("magnitude", Magnitude)
+def test_means_in_one_batch_have_nothing_to_do_with_each_other(magnitude):
+    rng = np.random.default_rng(1)
+    vectors = rng.standard_normal((6, 3, 5))
+    vectors[0] = 0
+    vectors[1, 0] = 0
+    vectors[2, 0] = -vectors[2, 1]
+    upstream, weights = rng.standard_normal((6, 5)), np.array([1.0, 2.0, 0.5])
+    together, (ahead, among) = solved(vectors, upstream, weights, magnitude)
+    assert len(set(together.statuses)) == 3
+    for row in range(6):
+        alone, parts = solved(vectors[row : row + 1], upstream[row : row + 1], weights, magnitude)
+        assert alone.statuses[0] is together.statuses[row]
+        for one, same in (
+            (alone.coefficients[0], together.coefficients[row]),
+            (parts[0][0], ahead[row]),
+            (parts[1][0], among[row]),
+        ):
+            np.testing.assert_allclose(one, same, rtol=1e-12, atol=1e-14)
