@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -15,6 +16,8 @@ from transformers import (
     LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 
 from mergekit_karcher.metrics.diagonal import Batch
@@ -80,3 +83,25 @@ def by_a_plain_loop(model, batch, targets=None):
 
 def records(path, rows):
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def train_with_adam(folder, model):
+    """A Trainer of Hugging Face that has saved folder/checkpoint-4."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    rows = [{"input_ids": [3 + i, 4, 5, 6], "labels": [3 + i, 4, 5, 6]} for i in range(8)]
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        save_steps=4,
+        logging_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(network, arguments, train_dataset=rows)
+    trainer.train()
+    return trainer

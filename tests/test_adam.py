@@ -12,14 +12,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import llama
 from safetensors.torch import load_file
+from small_models import train_with_adam
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    Trainer,
-    TrainingArguments,
 )
 
 from mergekit_karcher import files
@@ -52,23 +51,7 @@ def kept(optimizer, network, beta2, eps=1e-8):
 @pytest.fixture
 def trained(tmp_path, text_model):
     """A checkpoint of the Hugging Face Trainer, and the optimizer that it is of."""
-    network = AutoModelForCausalLM.from_pretrained(text_model, dtype=torch.float32)
-    rows = [{"input_ids": [3 + i, 4, 5, 6], "labels": [3 + i, 4, 5, 6]} for i in range(8)]
-    arguments = TrainingArguments(
-        str(tmp_path / "run"),
-        max_steps=4,
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        adam_beta2=0.95,
-        weight_decay=0.1,
-        save_steps=4,
-        logging_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(network, arguments, train_dataset=rows)
-    trainer.train()
+    trainer = train_with_adam(tmp_path / "run", text_model)
     inner = trainer.optimizer.optimizer
     return tmp_path / "run" / "checkpoint-4", kept(inner, trainer.model, 0.95)
 
