@@ -1,4 +1,7 @@
-"""Networks of every family, small and in float64, and the same in a random allowed order."""
+"""Networks of every family, small and in float64, and the same in a random allowed order.
+
+With what every test of alignment needs: the command, and how states are ordered and compared.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import itertools
 
 import numpy as np
 import torch
+from click.testing import CliRunner
 from torch import nn
 from transformers import (
     BertConfig,
@@ -31,6 +35,8 @@ from transformers import (
 )
 
 from mergekit_karcher.align.families import specification_for
+from mergekit_karcher.align.orders import arranged
+from mergekit_karcher.cli.main import main
 
 _GROUPED = {
     "vocab_size": 60,
@@ -74,6 +80,33 @@ HF = {
         )
     ),
 }
+
+FAMILIES = sorted(HF)
+SILENT = [].append
+
+
+def run_align(*arguments):
+    """Run `mergekit-karcher align`; returns click's result."""
+    return CliRunner().invoke(main, ["align", *map(str, arguments)])
+
+
+def shapes_of(state):
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def aligned(state, orders):
+    return {name: arranged(tensor, name, orders) for name, tensor in state.items()}
+
+
+def assert_equal_states(left, right):
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def everything():
+    """Every axis of every tensor, as fixed."""
+    return tuple(("*", axis) for axis in range(4))
 
 
 def hf_model(family, seed=0):
@@ -126,8 +159,7 @@ def logits(model, state):
 
 
 def specification(model, state, residual=False):
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return specification_for(model.config.to_dict(), shapes, residual)
+    return specification_for(model.config.to_dict(), shapes_of(state), residual)
 
 
 def scrambled(state, spec, seed):
@@ -139,11 +171,11 @@ def scrambled(state, spec, seed):
         inner = [[list(range(move.block)) for _ in order] for move in symmetry.moves]
         for inside in symmetry.inside:
             for place in range(symmetry.size):
-                own = rng.permutation(inside.size)
+                permutation = rng.permutation(inside.size)
                 for move in inside.moves:
                     old = inner[move.move][place]
                     new = list(old)
-                    for i, j in enumerate(own):
+                    for i, j in enumerate(permutation):
                         for k in range(move.block):
                             new[move.offset + i * move.block + k] = old[
                                 move.offset + j * move.block + k

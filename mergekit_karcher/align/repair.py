@@ -190,7 +190,9 @@ def reestimate(network: nn.Module, run: Run) -> None:
         size = output.numel() // output.shape[1]
         # What the norm holds is the unbiased variance of this call.
         variance = norm.running_var.double() * (size - 1) / size
-        more = Moments(norm.running_mean.double(), variance.sqrt(), size)
+        # A copy, since the next call writes over it.
+        mean = norm.running_mean.to(torch.float64, copy=True)
+        more = Moments(mean, variance.sqrt(), size)
         if norm in collected:
             more = collected[norm].with_more(more)
             norm.running_mean.copy_(more.mean)
