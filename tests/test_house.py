@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 import mergekit_karcher
+from mergekit_karcher.host import compat
 
 PACKAGE = Path(mergekit_karcher.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -96,3 +100,8 @@ def test_nothing_is_too_long_and_no_assert_carries_behaviour(path):
 def test_the_tests_are_not_too_long_either():
     for path in Path(__file__).parent.glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 510, path.name
+
+
+def test_the_range_of_mergekit_is_the_one_that_is_installed_with():
+    (named,) = [r for r in requires("mergekit-karcher") if re.match(r"mergekit\b(?!-)", r)]
+    assert SpecifierSet(named.removeprefix("mergekit")) == compat.SUPPORTED

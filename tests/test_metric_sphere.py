@@ -403,7 +403,7 @@ def test_the_report_sees_the_metric(models, merge, tmp_path, monkeypatch, granul
     assert result.exit_code == 0, result.output
     report = Report.model_validate_json(result.stdout)
     assert report.settings.in_metric
-    assert report.verdict.startswith("Angles and lengths are those of the metric that the models")
+    assert report.verdict.startswith("Angles and lengths are measured in the metric that")
     name = "model.layers.1.mlp.up_proj.weight"
     own = next(tensor for tensor in report.tensors if tensor.name == name)
     weights = [1, 2, 0.5][:count]
