@@ -1,10 +1,9 @@
-"""What a config may not ask for, and what a planned merge may not contain."""
+"""What a planned merge may not contain."""
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mergekit_karcher.errors import KarcherError
@@ -17,49 +16,6 @@ _LOG = logging.getLogger(__name__)
 # What karcher is called in a config. The second name is one that only we have, so that a config
 # with it never falls back to the built-in.
 NAMES = ("karcher", "karcher_mean")
-
-# The fields of a config below which more parameters may stand.
-_NESTED = ("models", "slices", "sources", "modules")
-
-
-def check_parameter_names(config: Any, method: Any) -> None:
-    """Check that a config has no parameter that our method does not know, or not there.
-
-    mergekit ignores those, so that a misspelt weight would be a weight of one.
-
-    Arguments:
-        config: A config of mergekit-yaml or mergekit-pytorch.
-        method: Our method that it asks for.
-
-    Raises:
-        KarcherError: If it has one.
-    """
-    known = [parameter.name for parameter in method.spec.parameters]
-    of_a_model = [parameter.name for parameter in method.spec.input_parameters]
-    for place, model, name in _parameter_names(config, "the config"):
-        if model and name in known and name not in of_a_model:
-            raise KarcherError(
-                f"{name} stands under {place}, where mergekit does not read it: it belongs to the "
-                "whole merge, under the parameters of the config or of a slice."
-            )
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}."
-            raise KarcherError(
-                f"Unknown parameter {name} of {place} for {config.merge_method}: {hint}"
-            )
-
-
-def _parameter_names(part: Any, place: str) -> Iterator[tuple[str, bool, str]]:
-    """Where a parameter stands, whether that is a model, and its name."""
-    for name in getattr(part, "parameters", None) or {}:
-        yield place, hasattr(part, "model"), name
-    for field in _NESTED:
-        children = getattr(part, field, None) or ()
-        named = children.items() if isinstance(children, dict) else enumerate(children)
-        for key, child in named:
-            model = getattr(child, "model", None)
-            yield from _parameter_names(child, str(model) if model else f"{field}[{key}]")
 
 
 def check_merges(merges: Sequence[Any], run: MergeRun) -> None:

@@ -46,6 +46,7 @@ _REQUIRED = {
         "ReturnTensor.tensor_task",
         "FinalizeModel.tensor_save_tasks",
     ],
+    "mergekit.config": ["MergeConfiguration.model_validate", "ConditionalParameter.filter"],
     "mergekit.plan": ["MergePlanner.plan_to_disk", "MergePlanner.plan_in_memory"],
     "mergekit.scripts.merge_raw_pytorch": [
         "plan_flat_merge",
@@ -115,7 +116,8 @@ def put_in_place_of(holder: Any, name: str, make: Callable[[Any], Callable[..., 
         return
     ours = functools.wraps(theirs)(make(theirs))
     setattr(ours, _MARK, theirs)
-    setattr(holder, name, ours)
+    of_the_class = getattr(theirs, "__self__", None) is holder
+    setattr(holder, name, staticmethod(ours) if of_the_class else ours)
 
 
 def original(function: Any) -> Any:

@@ -20,6 +20,7 @@ LOG = logging.getLogger(__name__)
 HOOKS = {
     "mergekit.merge_methods.karcher": "replace_builtin",
     "mergekit.merge_methods.registry": "register_methods",
+    "mergekit.config": "patch_config",
     "mergekit.plan": "patch_planner",
     "mergekit.scripts.merge_raw_pytorch": "patch_flat_planner",
     # A module of the two above may be what imports torch, and so us: its loader is chosen already,

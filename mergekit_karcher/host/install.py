@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 import sys
+from collections.abc import Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
@@ -70,14 +71,20 @@ def register_methods(registry: Any) -> None:
         replace_builtin(builtin)
 
 
+def patch_config(module: Any) -> None:
+    """Have the configs of `mergekit-yaml` and `mergekit-multi` checked as they are read."""
+    _check_documents_of(module.MergeConfiguration)
+
+
 def patch_planner(module: ModuleType) -> None:
     """Have the plans of `mergekit-yaml` and `mergekit-multi` rewritten."""
     _patch(module, lambda plan: plan.patch_planner(module.MergePlanner))
 
 
-def patch_flat_planner(module: ModuleType) -> None:
+def patch_flat_planner(module: Any) -> None:
     """Have the plans of `mergekit-pytorch` rewritten."""
     _patch(module, lambda plan: plan.patch_flat_planner(module))
+    _check_documents_of(module.RawPyTorchMergeConfig)
 
 
 def patch_options(module: Any) -> None:
@@ -110,6 +117,33 @@ def _patch(module: ModuleType, patch: Any) -> None:
         _refuse_all(str(error) if isinstance(error, KarcherError) else repr(error))
         registry = importlib.import_module("mergekit.merge_methods.registry")
         register_methods(registry)
+
+
+def _check_documents_of(kind: Any) -> None:
+    """Have the configs of our methods that are read into one of mergekit's models checked."""
+
+    def check(document: Any) -> None:
+        name = document.get("merge_method") if isinstance(document, Mapping) else None
+        if name in _NAMES and not isinstance(_method(name), _Refusal):
+            checks = importlib.import_module("mergekit_karcher.host.config_checks")
+            checks.check_keys(document, kind, _method(name).spec)
+
+    def checking(read: Any) -> Any:
+        def checked(document: Any, *arguments: Any, **options: Any) -> Any:
+            check(document)
+            return read(document, *arguments, **options)
+
+        return checked
+
+    def initialising(init: Any) -> Any:
+        def initialised(self: Any, /, **document: Any) -> None:
+            check(document)
+            init(self, **document)
+
+        return initialised
+
+    compat.put_in_place_of(kind, "model_validate", checking)
+    compat.put_in_place_of(kind, "__init__", initialising)
 
 
 def _is_ours(method: Any) -> bool:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.host import compat
 from mergekit_karcher.host.checkpoints import restricted_unpickling
-from mergekit_karcher.host.checks import NAMES, check_parameter_names
+from mergekit_karcher.host.checks import NAMES
 from mergekit_karcher.host.documents import named_in, read_config
 from mergekit_karcher.host.graph import merge_tasks
 from mergekit_karcher.host.install import register
@@ -57,7 +57,7 @@ def report_on(path: Path, options: Any) -> Report:
     merges = merge_tasks(tasks, NAMES)
     if not merges:
         raise KarcherError(f"There is nothing to report on in {path}: it merges no tensor.")
-    run = checked_run(merges, path.name, KARCHER, watched=True)
+    run = checked_run(merges, config, path.name, KARCHER, watched=True)
     planned = planned_of(config, merges, asked_for)
     if all(_input_count(merge) < 2 for merge in merges):
         raise KarcherError(
@@ -144,6 +144,8 @@ def _planned(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]
     from mergekit.io.tasks import LoaderCache
     from mergekit.plan import MergePlanner
 
+    from mergekit_karcher.host.config_checks import check_settings
+
     config = _validated(MergeConfiguration, document)
     models = config.referenced_models()
     cache = LoaderCache()
@@ -156,7 +158,7 @@ def _planned(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]
         options=options,
         out_model_config=models[0].config(trust_remote_code=options.trust_remote_code),
     )
-    check_parameter_names(config, compat.method_of(planner))
+    check_settings(config, compat.method_of(planner).spec)
     # Without what is added to the plan of a merge. The tasks that would write are not run.
     # (plan_in_memory of mergekit 0.1.5 does not validate its own tasks.)
     return config, compat.original(MergePlanner.plan_to_disk)(planner, "")
@@ -166,8 +168,10 @@ def _planned_raw(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[
     from mergekit import merge_methods
     from mergekit.scripts import merge_raw_pytorch
 
+    from mergekit_karcher.host.config_checks import check_settings
+
     config = _validated(merge_raw_pytorch.RawPyTorchMergeConfig, document)
-    check_parameter_names(config, merge_methods.get(config.merge_method))
+    check_settings(config, merge_methods.get(config.merge_method).spec)
     plan = compat.original(merge_raw_pytorch.plan_flat_merge)
     with contextlib.redirect_stderr(io.StringIO()) if options.quiet else contextlib.nullcontext():
         tasks = plan(config, "", tensor_union=True, tensor_intersection=False, options=options)

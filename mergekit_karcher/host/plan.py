@@ -18,8 +18,12 @@ from mergekit_karcher.host import compat
 from mergekit_karcher.host.checks import (
     NAMES,
     check_merges,
-    check_parameter_names,
     warn_of_a_base_that_takes_part,
+)
+from mergekit_karcher.host.config_checks import (
+    check_filters,
+    check_settings,
+    settings_in,
 )
 from mergekit_karcher.host.graph import (
     has_metric,
@@ -54,7 +58,7 @@ def patch_planner(planner: Any) -> None:
             if self.config.merge_method not in (*NAMES, FISHER):
                 _warn_of_no_report(self.config.merge_method)
                 return plan(self, *arguments, **options)
-            check_parameter_names(self.config, compat.method_of(self))
+            check_settings(self.config, compat.method_of(self).spec)
             tasks = plan(self, *arguments, **options)
             # In memory there is no place that the merge could be called by.
             path = next(iter((*arguments, *options.values())), "in memory")
@@ -74,7 +78,7 @@ def patch_flat_planner(module: Any) -> None:
             if config.merge_method not in (*NAMES, FISHER):
                 _warn_of_no_report(config.merge_method)
                 return plan(config, out_path, *arguments, **options)
-            check_parameter_names(config, module.merge_methods.get(config.merge_method))
+            check_settings(config, module.merge_methods.get(config.merge_method).spec)
             tasks = plan(config, out_path, *arguments, **options)
             merge_options = (*arguments, *options.values())[-1]
             return rewrite_plan(tasks, config, out_path, merge_options)
@@ -110,7 +114,7 @@ def rewrite_plan(tasks: Sequence[Any], config: Any, out_path: str, options: Any)
             f"mergekit planned no tensor that merge_method: {config.merge_method} could merge: "
             "upgrade mergekit-karcher if the models have tensors of floating-point numbers."
         )
-    run = checked_run(merges, title, method, watched=folder is not None)
+    run = checked_run(merges, config, title, method, watched=folder is not None)
     announce(run)
     if method == KARCHER:
         warn_of_a_base_that_takes_part(merges)
@@ -137,11 +141,14 @@ def rewrite_plan(tasks: Sequence[Any], config: Any, out_path: str, options: Any)
     return rewritten
 
 
-def checked_run(merges: Sequence[Any], title: str, method: str, *, watched: bool) -> MergeRun:
+def checked_run(
+    merges: Sequence[Any], config: Any, title: str, method: str, *, watched: bool
+) -> MergeRun:
     """The run of the merge tasks of a plan, all of which are checked.
 
     Arguments:
         merges: The tasks, as mergekit planned them.
+        config: The config that they were planned for.
         title: What the merge is called in its summary.
         method: `KARCHER` or `FISHER`.
         watched: Whether there is to be a report.
@@ -149,7 +156,10 @@ def checked_run(merges: Sequence[Any], title: str, method: str, *, watched: bool
     Raises:
         KarcherError: If they cannot be merged.
     """
-    run = MergeRun(title, method, watched=watched, names=_input_names(merges))
+    names = _input_names(merges)
+    in_models = [name for of_inputs in names.values() for name in of_inputs.values()]
+    check_filters(settings_in(config), [*names, *in_models])
+    run = MergeRun(title, method, watched=watched, names=names)
     warn_of_mixed_metrics(merges)
     if method == KARCHER:
         check_merges(merges, run)
