@@ -57,7 +57,6 @@ def test_angles_around_a_base_and_from_zero_come_from_one_pass(distance):
     vectors = [base + step for step in steps]
     observation = observation_of(vectors, base)
     assert observation.models == ("m0", "m1", "m2", "base")
-    assert observation.base_index == 3
     np.testing.assert_allclose(
         observation.zero.angles, angles([*vectors, base]), rtol=2e-7, atol=1e-15
     )

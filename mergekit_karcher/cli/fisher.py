@@ -9,7 +9,7 @@ import click
 
 from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.metrics.examples import Source
-from mergekit_karcher.metrics.run import Settings, metric_from_data, metric_from_optimizer
+from mergekit_karcher.metrics.run import metric_from_data, metric_from_optimizer
 
 
 @click.command(
@@ -91,43 +91,29 @@ def main(**options: Any) -> None:
 
     From --from-optimizer: what Adam kept while it trained MODEL.
     """
-    reference, out = _model_of(options), options["out"]
+    models = [model for model in (options["model"], options["named"]) if model]
+    if len(models) != 1:
+        raise click.UsageError("Give one model, as the argument or by --model.")
     if (options["data"] is None) == (options["optimizer"] is None):
         raise click.UsageError("Give either --data or --from-optimizer.")
     if len(options["text"]) > 2:
         raise click.UsageError("Give one --text, or two for pairs.")
-    if options["quiet"]:
-        _hide_progress_bars()
+    out, quiet = options["out"], options["quiet"]
+    if quiet:
+        from transformers.utils import logging
+
+        # transformers shows progress bars wherever it loads a model.
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if options["optimizer"] is not None:
-        summary = metric_from_optimizer(reference, out, options["optimizer"])
+        summary = metric_from_optimizer(models[0], out, options["optimizer"])
     else:
-        summary = metric_from_data(reference, out, _settings(options))
-    if not options["quiet"]:
+        source = Source(**{name: options[name] for name in Source._fields})
+        how = {name: options[name] for name in ("sampled", "batch_size", "device", "quiet")}
+        summary = metric_from_data(models[0], out, source, **how)
+    if not quiet:
         click.echo(
             f"{out}: the metric of {summary.parameters} parameters, {summary.mean:.3g} on average, "
             f"{100 * summary.zeros:.3g} % of it zero. In a config, under the parameters of the "
             f"model: metric: {out}",
             err=True,
         )
-
-
-def _model_of(options: dict[str, Any]) -> str:
-    models = [model for model in (options["model"], options["named"]) if model]
-    if len(models) != 1:
-        raise click.UsageError("Give one model, as the argument or by --model.")
-    reference: str = models[0]
-    return reference
-
-
-def _settings(options: dict[str, Any]) -> Settings:
-    source = Source(**{name: options[name] for name in Source._fields})
-    return Settings(
-        source, options["sampled"], options["batch_size"], options["device"], options["quiet"]
-    )
-
-
-def _hide_progress_bars() -> None:
-    """Those of transformers, which it shows wherever it loads a model."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]

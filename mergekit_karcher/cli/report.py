@@ -13,9 +13,6 @@ from mergekit_karcher.host.options import MergeOptions, ReadingCommand, add_merg
 from mergekit_karcher.report.store import NO_PLOTS, make_folder, write
 from mergekit_karcher.report.text import show
 
-# Wide enough for the table, where the output is no terminal that has a width.
-_WIDTH = 120
-
 
 @click.command(
     "report",
@@ -50,6 +47,7 @@ def main(config: Path, out: Path | None, as_json: bool, merge_options: MergeOpti
         click.echo(report.model_dump_json(by_alias=True))
     else:
         console = Console()
-        show(report, console if console.is_terminal else Console(width=_WIDTH))
+        # Wide enough for the table, where the output is no terminal that has a width.
+        show(report, console if console.is_terminal else Console(width=120))
     if out is not None and not write(report, out):
         click.echo(NO_PLOTS, err=True)

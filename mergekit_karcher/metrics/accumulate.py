@@ -1,4 +1,4 @@
-"""Summing over examples in a run that can be interrupted, and goes on where it was."""
+"""Summing over examples, in a run that can be interrupted and goes on where it was."""
 
 from __future__ import annotations
 
@@ -38,26 +38,16 @@ def accumulate(
     seed: int | None,
     quiet: bool,
 ) -> None:
-    """Add all examples to the sums, those that an earlier run has added only once.
+    """Add all examples, sorted by length, to the sums; go on with those that an earlier run saved.
 
-    Every two minutes, at Ctrl-C and at the end the sums are saved in the folder, as `SUMS_FILE`.
-
-    Arguments:
-        fisher: The sums, zero at first; changed in place.
-        examples: Sorted by length.
-        folder: Made if it is not there.
-        decisive: All that decides the sums, as JSON can hold it: only those of an equal run are
-            gone on with.
-        batch_size: Examples at a time; another one than before gives the same sums, but for
-            rounding.
-        seed: Draw the targets from the model with it; None: take those of the data.
-        quiet: Show no progress bar.
-
-    Raises:
-        KarcherError: If the folder holds the sums of another run, if a gradient is not finite, or
-            after Ctrl-C, which takes effect at the end of a batch.
+    The sums are saved in the folder every two minutes, at Ctrl-C and at the end. `decisive` is all
+    that decides them, as JSON can hold it. With a seed the targets are drawn from the model.
+    Raises KarcherError if the folder holds the sums of a run with another `decisive`, if a gradient
+    is not finite, or after Ctrl-C, at the end of a batch.
     """
-    _resume(folder / SUMS_FILE, fisher, decisive)
+    path = folder / SUMS_FILE
+    if path.exists():
+        _resume(path, fisher, decisive)
     total, last_save = len(examples), time.monotonic()
     bar = tqdm(total=total, initial=fisher.examples, desc="Fisher", unit="example", disable=quiet)
     with bar, _stop_requests() as requests:
@@ -71,14 +61,14 @@ def accumulate(
             if fisher.examples == len(batch.ids):
                 fisher.check()
             if requests or time.monotonic() - last_save > _SECONDS_BETWEEN_SAVES:
-                _save(folder / SUMS_FILE, fisher, decisive)
+                _save(path, fisher, decisive)
                 last_save = time.monotonic()
             if requests:
                 raise KarcherError(
                     f"Stopped after {fisher.examples} of {total} examples, which are kept in "
                     f"{folder}: run the same command again to go on."
                 )
-    _save(folder / SUMS_FILE, fisher, decisive)
+    _save(path, fisher, decisive)
 
 
 @contextmanager
@@ -110,8 +100,6 @@ def _save(path: Path, fisher: DiagonalFisher, decisive: Mapping[str, Any]) -> No
 
 
 def _resume(path: Path, fisher: DiagonalFisher, decisive: Mapping[str, Any]) -> None:
-    if not path.exists():
-        return
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         before, now = json.loads(metadata["state"]), json.loads(json.dumps(decisive))

@@ -1,8 +1,7 @@
 """The metric that an Adam optimizer has kept: G = sqrt(v_hat) + eps, parameter by parameter.
 
-v is Adam's running mean of squared gradients (`exp_avg_sq`), v_hat is v without the bias of its
-start at zero. The gradients are those of training batches, so v is no Fisher information; G is what
-Adam divided its steps by.
+Adam divided its steps by G. v_hat, the running mean of squared gradients (`exp_avg_sq`) without the
+bias of its start at zero, is of training batches, and so no Fisher information.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +19,20 @@ from torch import nn
 from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.metrics.moments import Moments
 
-_FILES = ("optimizer.pt", "optimizer.bin")
-# Where torch.distributed puts an optimizer, and the file by which its folders are known.
-_DISTRIBUTED, _DISTRIBUTED_METADATA = ("", "optimizer_0", "optimizer"), ".metadata"
-
 # What wrappers of modules put between the parts of a name.
 _WRAPPERS = re.compile(r"\b(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def adam_metric(checkpoint: Path, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Read G of every parameter from a checkpoint that holds Adam's or AdamW's state.
+    """G of every parameter of the model that was trained, by name: new float32 tensors on the CPU.
 
-    Arguments:
-        checkpoint: A folder of the Hugging Face Trainer, its optimizer.pt, or a distributed
-            checkpoint of torch that names its parameters.
-        model: Of the class that was trained, on any device, the meta device too.
-
-    Returns:
-        A new float32 tensor on the CPU for each parameter, by its name in the model: G, or zeros
-        for a parameter that the optimizer never moved.
-
-    Raises:
-        KarcherError: If there is no state of Adam, if it holds more than tensors and numbers, or if
-            it does not fit the model. A state that numbers its parameters must fit exactly one of
-            the orders in which the Trainer or a plain optimizer would have numbered them.
+    The checkpoint is a folder of the Hugging Face Trainer, its optimizer.pt, or a distributed
+    checkpoint of torch that names its parameters. G is zero for a parameter that the optimizer
+    never moved. Raises KarcherError if there is no state of Adam or AdamW, if it holds more than
+    tensors and numbers, or if it does not fit the model. The model may be on the meta device.
     """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    moments = dict(_named_moments(checkpoint, model, shapes))
+    shapes = _shapes(model)
+    moments = dict(_named_moments(checkpoint, model))
     if not moments:
         raise KarcherError(
             f"{checkpoint} has no moments of any parameter: it was saved before the first step, or "
@@ -73,16 +60,18 @@ def adam_metric(checkpoint: Path, model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _named_moments(
-    checkpoint: Path, model: nn.Module, shapes: Mapping[str, torch.Size]
-) -> Iterator[tuple[str, Moments]]:
-    files = [checkpoint, *(checkpoint / name for name in _FILES)]
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _named_moments(checkpoint: Path, model: nn.Module) -> Iterator[tuple[str, Moments]]:
+    files = (checkpoint / name for name in ("", "optimizer.pt", "optimizer.bin"))
     file = next((path for path in files if path.is_file()), None)
     if file is not None:
-        yield from _moments_of_state(_loaded(file), file, model, shapes)
+        yield from _moments_of_state(_loaded(file), file, model)
         return
-    folders = (checkpoint / name for name in _DISTRIBUTED)
-    folder = next((path for path in folders if (path / _DISTRIBUTED_METADATA).is_file()), None)
+    folders = (checkpoint / name for name in ("", "optimizer_0", "optimizer"))
+    folder = next((path for path in folders if (path / ".metadata").is_file()), None)
     if folder is None:
         deepspeed = checkpoint.is_dir() and any(checkpoint.glob("global_step*"))
         hint = " (what DeepSpeed saves is not read)" if deepspeed else ""
@@ -112,10 +101,9 @@ def _loaded(file: Path) -> Mapping[str, Any]:
 
 
 def _moments_of_state(
-    state: Mapping[str, Any], file: Path, model: nn.Module, shapes: Mapping[str, torch.Size]
+    state: Mapping[str, Any], file: Path, model: nn.Module
 ) -> Iterator[tuple[str, Moments]]:
-    groups = [group for group in state["param_groups"] if group["params"]]
-    entries = state["state"]
+    groups, entries = [group for group in state["param_groups"] if group["params"]], state["state"]
     for key, entry in entries.items():
         if "exp_avg_sq" not in entry:
             raise KarcherError(
@@ -123,10 +111,15 @@ def _moments_of_state(
                 "only Adam and AdamW of 32 or 16 bits keep the second moments that are needed; "
                 "make a metric from data."
             )
-    names = _given_names(groups)
-    if names is None:
+    keys = [key for group in groups for key in group["params"]]
+    given = [name for group in groups for name in group.get("param_names", ())]
+    if len(given) != len(keys) and all(isinstance(key, str) for key in keys):
+        given = keys
+    if len(given) == len(keys):
+        names = {key: _WRAPPERS.sub("", name) for key, name in zip(keys, given, strict=True)}
+    else:
         moved = {key: entry["exp_avg_sq"].shape for key, entry in entries.items()}
-        names = _proven_names([group["params"] for group in groups], moved, file, model, shapes)
+        names = _proven_names([group["params"] for group in groups], moved, file, model)
     for group in groups:
         for key in group["params"]:
             if key in entries:
@@ -134,40 +127,18 @@ def _moments_of_state(
                 yield names[key], Moments(squares, step, group["betas"][1], group["eps"])
 
 
-def _given_names(groups: Sequence[Mapping[str, Any]]) -> dict[Any, str] | None:
-    """The name of each key of a state, where it has been saved with names."""
-    keys = [key for group in groups for key in group["params"]]
-    names = [name for group in groups for name in group.get("param_names", ())]
-    if len(names) != len(keys):
-        if not all(isinstance(key, str) for key in keys):
-            return None
-        names = keys
-    return {key: _WRAPPERS.sub("", name) for key, name in zip(keys, names, strict=True)}
-
-
 def _proven_names(
-    groups: Sequence[Sequence[int]],
-    moved: Mapping[int, torch.Size],
-    file: Path,
-    model: nn.Module,
-    shapes: Mapping[str, torch.Size],
+    groups: Sequence[Sequence[int]], moved: Mapping[int, torch.Size], file: Path, model: nn.Module
 ) -> dict[int, str]:
-    """The name of each number, if one way of grouping the parameters fits, and one only.
-
-    moved: the shape of each parameter that has moments.
-    """
+    """The name of each number, if exactly one of `_groupings` has the shapes of all that moved."""
+    shapes = _shapes(model)
     fitting: list[dict[int, str]] = []
     for grouping in _groupings(model):
-        if [len(names) for names in grouping] != [len(keys) for keys in groups]:
-            continue
-        pairs = [
-            pair
-            for keys, names in zip(groups, grouping, strict=True)
-            for pair in zip(keys, names, strict=True)
-        ]
-        fits = all(key not in moved or moved[key] == shapes[name] for key, name in pairs)
-        if fits and dict(pairs) not in fitting:
-            fitting.append(dict(pairs))
+        if [*map(len, grouping)] == [*map(len, groups)]:
+            pairs = list(zip(chain(*groups), chain(*grouping), strict=True))
+            fits = all(moved.get(key, shapes[name]) == shapes[name] for key, name in pairs)
+            if fits and dict(pairs) not in fitting:
+                fitting.append(dict(pairs))
     if len(fitting) != 1:
         sizes = " and ".join(str(len(keys)) for keys in groups)
         why = "more than one way of naming them fits" if fitting else "no way of naming them fits"

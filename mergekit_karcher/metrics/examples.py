@@ -13,7 +13,6 @@ import torch
 from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.metrics.diagonal import Batch
 
-_TEXTS = (".txt", ".md")
 _RECORDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -48,23 +47,14 @@ class Source(NamedTuple):
 def read_examples(
     source: Source, tokenizer: Any, classes: Mapping[str, int] | None, *, quiet: bool = False
 ) -> list[Example]:
-    """Read, choose and tokenize the examples of a source.
+    """Read, choose and tokenize the examples of a source, the shortest first.
 
-    Arguments:
-        source: Where they come from.
-        tokenizer: The model's, one of transformers'.
-        classes: The number of each class of a classifier, by name; None for a language model.
-        quiet: Show no progress bars.
-
-    Returns:
-        The examples, the shortest first; records without text are left out.
-
-    Raises:
-        KarcherError: If the source cannot be read, has no such column or class, or holds no
-            example; or if it is more than a plain text and the package datasets is missing.
+    classes: the number of each class of a classifier, by name; None for a language model. Records
+    without text are left out. Raises KarcherError if the source cannot be read, has no such column
+    or class, or holds no example, or if it needs the package datasets and that is missing.
     """
     path = Path(source.data)
-    if path.suffix in (*_TEXTS, *_RECORDS) and not path.is_file():
+    if path.suffix in (".txt", ".md", *_RECORDS) and not path.is_file():
         raise KarcherError(f"There is no file {path}.")
     if path.is_file() and path.suffix not in _RECORDS:
         if classes is not None:
@@ -81,29 +71,22 @@ def read_examples(
 
 
 def batches(examples: Sequence[Example], size: int) -> Iterator[Batch]:
-    """Put examples into batches whose examples have one length, so that none needs padding.
+    """Put examples, sorted by length, into batches of one length, so that none needs padding.
 
-    Arguments:
-        examples: Sorted by length.
-        size: How many a batch holds at most.
-
-    Yields:
-        All of them in their order, in new tensors on the CPU.
+    They keep their order, in new tensors on the CPU.
     """
     start = 0
     while start < len(examples):
         length = len(examples[start].ids)
         alike = [e for e in examples[start : start + size] if len(e.ids) == length]
+        ids = torch.tensor([example.ids for example in alike])
         labels = [example.label for example in alike if example.label is not None]
-        yield Batch(
-            torch.tensor([example.ids for example in alike]),
-            torch.tensor(labels) if labels else None,
-        )
+        yield Batch(ids, torch.tensor(labels) if labels else None)
         start += len(alike)
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """The SHA-256 of all tokens and classes, in hex: what tells one list from another."""
+    """The SHA-256 of all tokens and classes, in hex."""
     return hashlib.sha256(repr([tuple(example) for example in examples]).encode()).hexdigest()
 
 
@@ -121,11 +104,8 @@ def _windows(source: Source, tokenizer: Any) -> list[Example]:
     length = min(source.length, len(ids))
     if length < 2:
         return []
-    starts = range(0, len(ids) - length + 1, length)
-    return [
-        Example(ids[starts[index] : starts[index] + length], None)
-        for index in _chosen(source, len(starts))
-    ]
+    places = (index * length for index in _chosen(source, len(ids) // length))
+    return [Example(ids[place : place + length], None) for place in places]
 
 
 def _records(
@@ -138,20 +118,24 @@ def _records(
                 f"{source.data} has no column {column}, but {', '.join(rows.column_names)}: name "
                 "the ones to take by --text and --label."
             )
-    names = getattr(rows.features.get(source.label), "names", None)
-    if classes is not None and names is not None:
-        _check_classes(names, classes, source)
+    names: Any = None
+    # A model whose classes have only the names that transformers gives takes numbers as they are.
+    if classes is not None and any(name != f"LABEL_{i}" for name, i in classes.items()):
+        names = getattr(rows.features.get(source.label), "names", None)
+        if {name.lower() for name in names or ()} - {name.lower() for name in classes}:
+            raise KarcherError(
+                f"{source.data} has the classes {', '.join(names)} ({source.label}), but the model "
+                f"{', '.join(classes)}: name the column of the model's classes by --label."
+            )
     examples = []
     for row in rows.select(_chosen(source, len(rows))):
         ids = _tokens([row[column] for column in source.text], tokenizer, source)
         label = None if classes is None else _class(row[source.label], names, classes, source)
-        if len(ids) > 1:
-            examples.append(Example(ids, label))
-    return examples
+        examples.append(Example(ids, label))
+    return [example for example in examples if len(example.ids) > 1]
 
 
 def _rows(source: Source, quiet: bool) -> Any:
-    """A dataset of the package datasets, which only this needs."""
     try:
         import datasets
     except ImportError:
@@ -198,29 +182,14 @@ def _tokens(parts: Sequence[Any], tokenizer: Any, source: Source) -> list[int]:
     return list(tokenizer(*parts, truncation=True, max_length=source.length).input_ids)
 
 
-def _check_classes(names: Sequence[str], classes: Mapping[str, int], source: Source) -> None:
-    """Raise if a dataset and a model both name their classes, but differently."""
-    known = {name.lower() for name in classes}
-    if not known >= {name.lower() for name in names} and not _is_unnamed(classes):
-        raise KarcherError(
-            f"{source.data} has the classes {', '.join(names)} ({source.label}), but the model "
-            f"{', '.join(classes)}: name the column of the model's classes by --label."
-        )
-
-
-def _is_unnamed(classes: Mapping[str, int]) -> bool:
-    """Whether these are the names that transformers gives to classes without any."""
-    return all(name == f"LABEL_{index}" for name, index in classes.items())
-
-
 def _class(
     value: Any, names: Sequence[str] | None, classes: Mapping[str, int], source: Source
 ) -> int:
     """The model's number of a class, which a dataset may number in another order."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if names is not None and isinstance(value, int) and not _is_unnamed(classes):
-        value = names[value] if 0 <= value < len(names) else value
+    if names is not None and isinstance(value, int) and 0 <= value < len(names):
+        value = names[value]
     if isinstance(value, str):
         numbers = {name.lower(): number for name, number in classes.items()}
         value = numbers.get(value.lower(), value)

@@ -12,18 +12,11 @@ from mergekit_karcher.errors import KarcherError, first_line
 
 
 def load_model(reference: str, *, empty: bool = False) -> nn.Module:
-    """Load a Hugging Face model of the class that its config names.
+    """Load a Hugging Face model, a folder or a Hub id, in float32 and evaluation mode on the CPU.
 
-    Arguments:
-        reference: A folder or a Hub id.
-        empty: Load no weights, and put the parameters on the meta device.
-
-    Returns:
-        The model, in float32 and evaluation mode, on the CPU unless it is empty.
-
-    Raises:
-        KarcherError: If it cannot be loaded, if its weights have other shapes than its config says,
-            or if some are missing and it is not to be empty.
+    An empty one has no weights, and its parameters are on the meta device. Raises KarcherError if
+    the model cannot be loaded, if its weights have other shapes than its config says, or if some
+    are missing and it is not to be empty.
     """
     import transformers
 
@@ -40,7 +33,6 @@ def load_model(reference: str, *, empty: bool = False) -> nn.Module:
             f"The config of {reference} asks for {architecture}, which this transformers does not "
             "have: name a model of a class that it knows."
         )
-    place = {"device_map": "meta"} if empty else {}
     try:
         model, loading = model_class.from_pretrained(
             reference,
@@ -49,16 +41,10 @@ def load_model(reference: str, *, empty: bool = False) -> nn.Module:
             attn_implementation="eager",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **place,
+            **({"device_map": "meta"} if empty else {}),
         )
     except Exception as error:
         raise KarcherError(f"{reference} cannot be loaded ({first_line(error)}).") from None
-    _check_loading(reference, model_class.__name__, loading, empty)
-    evaluated: nn.Module = model.eval()
-    return evaluated
-
-
-def _check_loading(reference: str, architecture: str, loading: Any, empty: bool) -> None:
     mismatched = sorted(str(mismatch[0]) for mismatch in loading["mismatched_keys"])
     if mismatched:
         raise KarcherError(
@@ -68,33 +54,24 @@ def _check_loading(reference: str, architecture: str, loading: Any, empty: bool)
     missing = sorted(loading["missing_keys"])
     if missing and not empty:
         raise KarcherError(
-            f"{reference} lacks {missing[0]} of a {architecture}: it would be made up at random; "
-            "name a model that has all of its weights."
+            f"{reference} lacks {missing[0]} of a {model_class.__name__}: it would be made up at "
+            "random; name a model that has all of its weights."
         )
+    evaluated: nn.Module = model.eval()
+    return evaluated
 
 
 def classes_of(model: nn.Module, reference: str) -> dict[str, int] | None:
-    """Find out what a model predicts.
+    """The number of each class of a classifier, by name; None for a causal language model.
 
-    Arguments:
-        model: As `load_model` returns it.
-        reference: What it is called, for messages.
-
-    Returns:
-        The number of each class of a classifier, by name; None for a causal language model.
-
-    Raises:
-        KarcherError: If it is neither, or does not choose one of several classes.
+    Raises KarcherError if the model is neither, or does not choose one of several classes.
     """
     config: Any = model.config
     kind = type(model).__name__
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         return None
-    one_of_several = config.num_labels > 1 and config.problem_type in (
-        None,
-        "single_label_classification",
-    )
-    if kind.endswith("ForSequenceClassification") and one_of_several:
+    one = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
+    if kind.endswith("ForSequenceClassification") and one:
         return {str(name): int(index) for index, name in config.id2label.items()}
     raise KarcherError(
         f"{reference} is a {kind}: the Fisher information is made for causal language models and "
@@ -103,14 +80,10 @@ def classes_of(model: nn.Module, reference: str) -> dict[str, int] | None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tell a model's weights from others.
+    """A SHA-256, in hex, that tells the weights of a model in float32 from others.
 
-    Arguments:
-        model: In float32, on any device.
-
-    Returns:
-        A SHA-256 in hex. It is made of the sum of each parameter's bits, as integers: a sum of the
-        numbers themselves would depend on the number of threads.
+    It is made of the sum of each parameter's bits, as integers: a sum of the numbers themselves
+    would depend on the number of threads.
     """
     sums = [int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in model.parameters()]
     return hashlib.sha256(repr(sums).encode()).hexdigest()

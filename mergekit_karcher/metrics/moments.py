@@ -21,13 +21,10 @@ class Moments(NamedTuple):
     eps: float
 
     def metric(self) -> torch.Tensor:
-        """G = sqrt(v_hat) + eps with v_hat = v / (1 - beta2^step), what v is without its bias.
+        """G = sqrt(v_hat) + eps with v_hat = v / (1 - beta2^step), new in float32.
 
-        v starts at zero, which biases it (Kingma & Ba 2015, algorithm 1); with beta2 or step zero
-        there is nothing to correct.
-
-        Returns:
-            A new float32 tensor of the parameter's shape, computed in float64.
+        v starts at zero, and v_hat is without that bias (Kingma & Ba 2015, algorithm 1); with beta2
+        or step zero there is none. Computed in float64.
         """
         share = 1.0
         if self.beta2 > 0 and self.step > 0:

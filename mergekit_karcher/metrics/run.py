@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 import torch
@@ -19,80 +18,60 @@ from mergekit_karcher.metrics.examples import Example, Source, digest, read_exam
 from mergekit_karcher.metrics.model import classes_of, fingerprint, load_model
 from mergekit_karcher.metrics.store import check_names, write_metric
 
-# A parameter and the float64 sum of its squared gradients; its gradient for an example of a batch.
-_BYTES, _BYTES_PER_EXAMPLE = 4 + 8, 4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How the Fisher information of a model is estimated.
-
-    source: what it is estimated on. sampled: draw the targets from the model (true Fisher), not
-    from the data (empirical). batch_size: examples at a time. device: where to compute, as torch
-    writes it; None: on the GPU if there is one. quiet: print nothing but warnings and errors.
-    """
-
-    source: Source
-    sampled: bool = False
-    batch_size: int = 1
-    device: str | None = None
-    quiet: bool = False
-
 
 class Summary(NamedTuple):
-    """A metric in three numbers: its parameters, their mean, and the share that is zero."""
+    """A metric in three numbers: its parameters, their mean, and the share of zeros."""
 
     parameters: int
     mean: float
     zeros: float
 
 
-def metric_from_data(reference: str, out: Path, settings: Settings) -> Summary:
-    """Estimate the diagonal Fisher information of a model, and write it.
+def metric_from_data(
+    reference: str,
+    out: Path,
+    source: Source,
+    *,
+    sampled: bool,
+    batch_size: int,
+    device: str | None,
+    quiet: bool,
+) -> Summary:
+    """Estimate the diagonal Fisher information of a model, a folder or a Hub id, and write it.
 
-    Arguments:
-        reference: The model, a folder or a Hub id.
-        out: The folder to write. It must not be there, or hold an interrupted run with the same
-            settings, which is gone on with.
-        settings: How to do it.
-
-    Returns:
-        What was written.
-
-    Raises:
-        KarcherError: If out exists and is no such run, if the model or the data cannot be read or
-            do not fit each other, if a gradient is not finite, or after Ctrl-C: the run is kept.
+    sampled: draw the targets from the model (true Fisher). device: as torch writes it; None: the
+    GPU if there is one. The folder `out` must not be there, or hold an interrupted run with the
+    same settings, which then goes on. Raises KarcherError if it is no such run, if the model or the
+    data cannot be read or do not fit, if a gradient is not finite, or after Ctrl-C.
     """
+    from transformers import AutoTokenizer
+
     if out.exists() and not _is_interrupted_run(out):
         raise KarcherError(f"{out} exists: name a new folder by --out.")
     model = load_model(reference)
-    model.to(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     classes = classes_of(model, reference)
     check_names(reference, model)
-    tokenizer = _tokenizer(reference)
-    source = _that_fits(settings.source, model, tokenizer)
-    examples = read_examples(source, tokenizer, classes, quiet=settings.quiet)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(reference)
+    except Exception as error:
+        raise KarcherError(f"{reference} has no tokenizer ({first_line(error)}).") from None
+    positions = getattr(model.config, "max_position_embeddings", None) or source.length
+    source = source._replace(length=min(source.length, positions, tokenizer.model_max_length))
+    examples = read_examples(source, tokenizer, classes, quiet=quiet)
     decisive = {
         **source._asdict(),
         "model": reference,
-        "true": settings.sampled,
+        "true": sampled,
         "examples": digest(examples),
         "weights": fingerprint(model),
     }
-    if not settings.quiet:
-        _say_memory(model, examples, settings.batch_size)
-    fisher = DiagonalFisher(model)
-    accumulate(
-        fisher,
-        examples,
-        out,
-        decisive,
-        batch_size=settings.batch_size,
-        seed=source.seed if settings.sampled else None,
-        quiet=settings.quiet,
-    )
+    if not quiet:
+        _say_memory(model, examples, batch_size)
+    fisher, seed = DiagonalFisher(model), source.seed if sampled else None
+    accumulate(fisher, examples, out, decisive, batch_size=batch_size, seed=seed, quiet=quiet)
     about = {
-        "kind": f"diagonal {'true' if settings.sampled else 'empirical'} Fisher information",
+        "kind": f"diagonal {'true' if sampled else 'empirical'} Fisher information",
         **source._asdict(),
         "examples": len(examples),
         "tokens": sum(len(example.ids) for example in examples),
@@ -104,19 +83,10 @@ def metric_from_data(reference: str, out: Path, settings: Settings) -> Summary:
 
 
 def metric_from_optimizer(reference: str, out: Path, checkpoint: Path) -> Summary:
-    """Write the metric that Adam has kept while it trained a model.
+    """Write the metric that Adam has kept while it trained a model, whole or not at all.
 
-    Arguments:
-        reference: The model that was trained, a folder or a Hub id.
-        out: The folder to write, whole or not at all; must be empty or not there.
-        checkpoint: Where the optimizer's state is, as `adam_metric` takes it.
-
-    Returns:
-        What was written.
-
-    Raises:
-        KarcherError: If out is not empty, or if the model or the state cannot be read or do not fit
-            each other.
+    Raises KarcherError if the folder `out` is not empty, or if the model or the checkpoint (see
+    `adam_metric`) cannot be read or do not fit each other.
     """
     if (out / SUMS_FILE).exists():
         raise KarcherError(f"{out} holds an unfinished run from data: name another folder.")
@@ -139,25 +109,10 @@ def _is_interrupted_run(folder: Path) -> bool:
     return not names or with_sums
 
 
-def _tokenizer(reference: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(reference)
-    except Exception as error:
-        raise KarcherError(f"{reference} has no tokenizer ({first_line(error)}).") from None
-
-
-def _that_fits(source: Source, model: nn.Module, tokenizer: Any) -> Source:
-    """A source whose examples are no longer than the model and its tokenizer can take."""
-    config: Any = model.config
-    positions = getattr(config, "max_position_embeddings", None) or source.length
-    return source._replace(length=min(source.length, positions, tokenizer.model_max_length))
-
-
 def _say_memory(model: nn.Module, examples: list[Example], batch_size: int) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    memory = (_BYTES + _BYTES_PER_EXAMPLE * batch_size) * parameters / 1e9
+    # The weights in 4 bytes, the sums in 8, and each example's gradient in 4.
+    memory = (4 + 8 + 4 * batch_size) * parameters / 1e9
     click.echo(
         f"{len(examples)} examples of {len(examples[-1].ids)} tokens at most, {parameters:.3g} "
         f"parameters: {memory:.2g} GB of memory, and the activations.",

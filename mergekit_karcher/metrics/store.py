@@ -21,18 +21,12 @@ from mergekit_karcher.host.checkpoints import open_checkpoint
 _LOG = logging.getLogger(__name__)
 
 _SCHEMA = "mergekit-karcher/metric/1"
-_WEIGHTS_FILE, _INDEX_FILE = "model{suffix}.safetensors", "model.safetensors.index.json"
 
 
 def check_names(reference: str, model: nn.Module) -> None:
-    """Refuse a model whose metric could not be written, before the metric is made.
+    """Raise KarcherError if the checkpoint has no tensor for one of the model's parameters.
 
-    Arguments:
-        reference: The checkpoint, a folder or a Hub id.
-        model: As `load_model` returns it.
-
-    Raises:
-        KarcherError: If the checkpoint has no tensor for one of the model's parameters.
+    The metric of such a model could not be written, so this comes before it is made.
     """
     empty = {name: p.detach().to("meta") for name, p in model.named_parameters()}
     _as_in_checkpoint(reference, model, empty)
@@ -47,29 +41,20 @@ def write_metric(
 ) -> None:
     """Write a metric as safetensors with the names and shapes of the model's checkpoint.
 
-    Arguments:
-        folder: Made if it is not there. Each file is whole or not there, and metric.json comes
-            last: a folder that has it is a whole metric.
-        reference: The checkpoint, a folder or a Hub id. Those of its tensors that are no parameters
-            get zeros.
-        model: As `load_model` returns it, with or without weights: it knows how transformers has
-            renamed and stacked the tensors of the checkpoint.
-        metric: A float32 tensor on the CPU for each parameter of the model, by name. Borrowed.
-        about: What metric.json says of the metric.
-
-    Raises:
-        KarcherError: If the checkpoint has no tensor for one of the model's parameters.
-        OSError: If the disk is full, or the place cannot be written to.
+    The metric is a float32 tensor on the CPU for each parameter, by name, borrowed; tensors of the
+    checkpoint that are no parameters get zeros. The model, with or without weights, knows how
+    transformers has renamed and stacked the tensors. metric.json, which says `about`, comes last: a
+    folder that has it is a whole metric. Raises KarcherError as `check_names` does, and OSError.
     """
     tensors = _as_in_checkpoint(reference, model, metric)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = split_torch_state_dict_into_shards(tensors, filename_pattern=_WEIGHTS_FILE)
+    shards = split_torch_state_dict_into_shards(tensors)
     for filename, names in shards.filename_to_tensors.items():
         with replacing(folder / filename) as partial:
             save_file({name: tensors[name] for name in names}, partial, {"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        write_text(folder / _INDEX_FILE, json.dumps(index, indent=2))
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
     about = {"schema": _SCHEMA, "version": __version__, "model": reference, **about}
     write_text(folder / "metric.json", json.dumps(about, indent=1) + "\n")
 
@@ -82,18 +67,19 @@ def _as_in_checkpoint(
 
     checkpoint = open_checkpoint(reference)
     stored = set(checkpoint.index.tensor_paths)
-    tied = _tied_names(model)
+    tied, given = _tied_names(model), {id(tensor) for tensor in metric.values()}
     tensors = {}
     for name, tensor in revert_weight_conversion(model, dict(metric)).items():  # type: ignore[arg-type]
-        stored_name = next(
-            (n for n in _names_in_checkpoint(name, model, tied) if n in stored), None
-        )
-        if stored_name is None:
+        stored_names = [n for n in _names_in_checkpoint(name, model, tied) if n in stored]
+        if not stored_names:
             raise KarcherError(
                 f"{reference} has no {name}, which transformers calls a parameter of it: save the "
                 "model anew by transformers first."
             )
-        tensors[stored_name] = tensor
+        if id(tensor) not in given:
+            # What was stacked comes back as views of one memory, which safetensors does not write.
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        tensors[stored_names[0]] = tensor.contiguous()
     copies = {n for name in tied for n in _names_in_checkpoint(name, model, tied)}
     others = {
         name: torch.zeros(tensor.shape)
@@ -108,14 +94,7 @@ def _as_in_checkpoint(
             reference,
             next(iter(others)),
         )
-    given = {id(tensor) for tensor in metric.values()}
-    # What was stacked comes back as views of one memory, which safetensors does not write.
-    return {
-        name: tensor.contiguous()
-        if id(tensor) in given
-        else tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in {**tensors, **others}.items()
-    }
+    return tensors | others
 
 
 def _tied_names(model: nn.Module) -> dict[str, list[str]]:

@@ -31,6 +31,6 @@ def kind_of(name: str) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a tensor is in, by the first number in its name, or None."""
+    """The first number in the name of a tensor; None for those outside the layers."""
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(number[1]) if number else None

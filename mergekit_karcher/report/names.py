@@ -11,22 +11,17 @@ RAW_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def short_names(references: Sequence[str], local: Callable[[str], bool]) -> dict[str, str]:
-    """A name for each model of a config that shows no path of this machine.
+    """A name for each model of a config (Hub id, local path, or model+adapter) without local paths.
 
-    Arguments:
-        references: The models as the config has them: Hub ids, local paths, or model+adapter.
-        local: Whether one of these parts is a local path, and not a Hub id.
-
-    Returns:
-        The name of each. Hub ids stay as they are; of a local path the last part is left, or as
-        many parts as tell it from the other models.
+    `local` says whether one of these parts is a local path. Hub ids stay as they are; of a local
+    path the last part is left, or as many parts as tell it from the other models.
     """
     names = {}
     for reference in references:
+        others = [other for other in references if other != reference]
         for depth in range(1, len(re.split(r"[/\\]", reference)) + 1):
             names[reference] = _shortened(reference, depth, local)
-            others = (other for other in references if other != reference)
-            if all(_shortened(other, depth, local) != names[reference] for other in others):
+            if names[reference] not in (_shortened(other, depth, local) for other in others):
                 break
     return names
 

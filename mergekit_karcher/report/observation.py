@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from mergekit_karcher.kernels.chords import squared_chord
-from mergekit_karcher.kernels.shared_metric import SharedMetric
 from mergekit_karcher.means.inputs import Inputs
 from mergekit_karcher.means.products import Products
 from mergekit_karcher.sphere.pairwise import (
@@ -20,8 +19,8 @@ from mergekit_karcher.sphere.pairwise import (
 )
 from mergekit_karcher.sphere.trig import Floats
 
-# Inner products in float64 leave a squared chord an error of about 2e-16; below this one, its own
-# pass is worth its time.
+# Inner products in float64 leave a squared chord an error of about 2e-16: one below this is worth a
+# pass of its own.
 _CLOSE = 1e-6
 
 # How many values of a tensor are looked at to tell the dtype of its file.
@@ -32,12 +31,8 @@ _SAMPLE = 4096
 RMS_ROUNDING = 0.425
 
 # The largest relative error of rounding to a dtype.
-ROUNDOFF = {
-    torch.bfloat16: 2.0**-8,
-    torch.float16: 2.0**-11,
-    torch.float32: 2.0**-24,
-    torch.float64: 2.0**-53,
-}
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in _DTYPES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +43,7 @@ class Observation:
     weights: (M,), NaN for a base that is the origin.
     origin: what the mean is taken around, "zero" or "base".
     zero: the models as seen from zero.
-    base: as seen from the base, which stands at base_index; None where it is not among them.
+    base: as seen from the base; None where it is not among them.
     roundoffs: (M,) the largest relative rounding error of the values that arrived, by the
         narrowest dtype that holds them: a bfloat16 file stays one when it is cast to float32.
     """
@@ -60,7 +55,6 @@ class Observation:
     origin: str
     zero: PairwiseGeometry
     base: PairwiseGeometry | None
-    base_index: int | None
     roundoffs: Floats
 
     def view(self, origin: str) -> PairwiseGeometry | None:
@@ -79,7 +73,7 @@ class Observation:
         """The same over all models of a merge, with NaN for those that have no input here."""
         places = np.array([models.index(model) for model in self.models])
         count = len(models)
-        weights, roundoffs = np.full(count, np.nan), np.full(count, np.nan)
+        weights, roundoffs = np.full((2, count), np.nan)
         weights[places], roundoffs[places] = self.weights, self.roundoffs
         return replace(
             self,
@@ -87,7 +81,6 @@ class Observation:
             weights=weights,
             zero=self.zero.among(places, count),
             base=None if self.base is None else self.base.among(places, count),
-            base_index=None if self.base_index is None else int(places[self.base_index]),
             roundoffs=roundoffs,
         )
 
@@ -95,21 +88,14 @@ class Observation:
 def observed(
     inputs: Inputs, products: Products, models: Sequence[str], base: str | None
 ) -> Observation:
-    """What the inputs of one output tensor look like to each other.
+    """What the inputs of one output tensor, borrowed, look like to each other.
 
-    Arguments:
-        inputs: N of them; borrowed. Read again only where two are too close for their products.
-        products: Of the whole tensors (R = 1); of their differences from the base of the inputs if
-            they have one, and then with the base itself as the last vector.
-        models: The names of the N models.
-        base: The name of the base model, whether it takes part in the mean or not.
-
-    Returns:
-        An observation that holds no tensor. Its angles are right to seven digits down to 1e-8
-        radians.
+    products: of the whole tensors (R = 1); where the inputs have a base, of their differences from
+    it and last of the base itself. models: the names of the N inputs. base: that of the base model,
+    whether it takes part in the mean or not. Angles are right to seven digits down to 1e-8 radians;
+    for that, inputs too close for their products are read again.
     """
-    tensors, names = list(inputs.tensors), list(models)
-    weights = inputs.weights
+    tensors, names, weights = list(inputs.tensors), list(models), inputs.weights
     gram, exponents = products.grams[0], products.exponents[0]
     if inputs.base is None:
         zero, scale = geometry_of_gram(gram, exponents), np.ones(gram.shape)
@@ -118,8 +104,11 @@ def observed(
         tensors.append(inputs.base)
         names.append(base or "the base")
         weights = np.append(weights, np.nan)
-    base_index = names.index(base) if base in names else None
-    zero = _refined(zero, tensors, inputs.shared_metric, _CLOSE * scale)
+    chords, metric = zero.chords.copy(), inputs.shared_metric
+    for i, j in np.argwhere(np.tril(chords < _CLOSE * scale, -1)):
+        norms = (float(zero.norms[i]), float(zero.norms[j]))
+        chords[i, j] = chords[j, i] = squared_chord(tensors[i], tensors[j], norms, metric)
+    zero = PairwiseGeometry(zero.norms, chords)
     return Observation(
         inputs.name,
         tuple(tensors[0].shape),
@@ -127,8 +116,7 @@ def observed(
         weights,
         "zero" if inputs.base is None else "base",
         zero,
-        None if base_index is None else as_seen_from(zero, base_index),
-        base_index,
+        as_seen_from(zero, names.index(base)) if base in names else None,
         np.array([_roundoff(tensor) for tensor in tensors]),
     )
 
@@ -143,20 +131,6 @@ def _error_scale(gram: Floats) -> Floats:
     length = float(np.sqrt(gram[-1, -1]))
     longer = np.maximum(lengths[:, None], lengths)
     return (longer / length) ** 2 if length > 0 else np.zeros(longer.shape)
-
-
-def _refined(
-    sphere: PairwiseGeometry,
-    tensors: Sequence[torch.Tensor],
-    metric: SharedMetric | None,
-    close: Floats,
-) -> PairwiseGeometry:
-    """The same geometry, with chords shorter than close measured on the tensors themselves."""
-    chords = sphere.chords.copy()
-    for i, j in np.argwhere(np.tril(chords < close, -1)):
-        norms = (float(sphere.norms[i]), float(sphere.norms[j]))
-        chords[i, j] = chords[j, i] = squared_chord(tensors[i], tensors[j], norms, metric)
-    return PairwiseGeometry(sphere.norms, chords)
 
 
 def _roundoff(tensor: torch.Tensor) -> float:

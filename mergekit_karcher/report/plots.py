@@ -8,12 +8,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from mergekit_karcher.files import replacing
 from mergekit_karcher.report.kinds import ORDER
-from mergekit_karcher.report.schema import Matrix, Report, Tensor, View
+from mergekit_karcher.report.schema import Report, Tensor, seen
 from mergekit_karcher.report.verdict import NOISE
 
-_DPI = 100
 # Cells of the matrix of models are labelled with their angle up to this many models.
 _LABELLED = 10
 
@@ -25,17 +26,12 @@ TITLES = {
 
 
 def draw(report: Report, folder: Path) -> None:
-    """Write the PNG files that are named in TITLES.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        OSError: If a file cannot be written.
-    """
+    """Write the PNG files of TITLES; raises ImportError without matplotlib, and OSError."""
     makers = {"angles.png": _heat_map, "models.png": _models, "lengths.png": _lengths}
     for file, make in makers.items():
         figure = make(report, TITLES[file])
         with replacing(folder / file) as partial:
-            figure.savefig(partial, format="png", dpi=_DPI, bbox_inches="tight")
+            figure.savefig(partial, format="png", dpi=100, bbox_inches="tight")
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
@@ -62,12 +58,8 @@ def _labels(axes: Any, layers: Sequence[int | None]) -> None:
 
 
 def _largest(report: Report, tensors: Sequence[Tensor]) -> float:
-    angles = []
-    for tensor in tensors:
-        view = tensor.view("zero")
-        if view is not None:
-            angles += view.pairs(report.apart)
-    return math.degrees(max(angles)) if angles else math.nan
+    angles = [angle for view in seen(tensors, "zero") for angle in view.pairs(report.apart)]
+    return math.degrees(max(angles, default=math.nan))
 
 
 def _cell(tensors: Sequence[Tensor], kind: str, layer: int | None) -> list[Tensor]:
@@ -89,55 +81,44 @@ def _heat_map(report: Report, title: str) -> Any:
 
 
 def _models(report: Report, title: str) -> Any:
-    views: list[tuple[str, View]] = [("as seen from zero", report.whole)]
-    if report.whole_tasks is not None:
+    views = [("as seen from zero", report.whole)]
+    if report.whole_tasks:
         views.append(("as seen from the base (task vectors)", report.whole_tasks))
     size = max(3.2, 0.55 * len(report.models) + 1.5)
     figure, panels = _figure(size + 1.2, (size + 0.8) * len(views), len(views))
     for axes, (origin, view) in zip(panels, views, strict=True):
         shown = [place for place, norm in enumerate(view.norms) if norm]
         names = [f"{report.models[place].name} ({place + 1})" for place in shown]
-        _matrix(figure, axes, names, [[view.angles[i][j] for j in shown] for i in shown])
+        degrees = np.degrees(np.array(view.angles, dtype=float)[np.ix_(shown, shown)])
+        largest = np.nan_to_num(degrees).max(initial=0)
+        image = axes.imshow(degrees, cmap="viridis", vmin=0, vmax=largest or 1.0)
+        axes.set_yticks(range(len(shown)), names)
+        for (row, column), value in np.ndenumerate(degrees if len(shown) <= _LABELLED else ()):
+            if row != column and np.isfinite(value):
+                colour = "black" if value > 0.6 * largest else "white"
+                axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour)
+        figure.colorbar(image, ax=axes, label="degrees", shrink=0.8)
         # Names stand beside the rows; the columns have the same order.
         axes.set_xticks(range(len(shown)), [str(place + 1) for place in shown])
         axes.set_title(f"{title},\n{origin}" if axes is panels[0] else origin)
     return figure
 
 
-def _matrix(figure: Any, axes: Any, names: Sequence[str], angles: Matrix) -> None:
-    degrees = [[math.nan if a is None else math.degrees(a) for a in row] for row in angles]
-    largest = max((value for row in degrees for value in row if value == value), default=0.0)
-    image = axes.imshow(degrees, cmap="viridis", vmin=0, vmax=largest or 1.0)
-    axes.set_yticks(range(len(names)), names)
-    for row, values in enumerate(degrees if len(names) <= _LABELLED else ()):
-        for column, value in enumerate(values):
-            if row != column and value == value:
-                colour = "black" if value > 0.6 * largest else "white"
-                axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour)
-    figure.colorbar(image, ax=axes, label="degrees", shrink=0.8)
-
-
 def _lengths(report: Report, title: str) -> Any:
-    origins = ["zero", *(["base"] if report.whole_tasks is not None else [])]
+    origins = ["zero", "base"] if report.whole_tasks else ["zero"]
     layers = _layers(report)
     width = min(14.0, 5.5 + 0.2 * len(layers))
     figure, panels = _figure(width, 3.4 * len(origins), len(origins))
     for axes, origin in zip(panels, origins, strict=True):
         for number, kind in enumerate(ORDER):
             lost = [_lost(_cell(report.tensors, kind, layer), origin) for layer in layers]
-            if any(value == value for value in lost):
+            if not all(map(math.isnan, lost)):
                 # No line from the tensors outside the layers to the first layer.
-                inside = range(layers[0] is None, len(layers))
-                marker = "o" if number % 2 else "s"
-                (line,) = axes.plot(
-                    inside,
-                    [lost[place] for place in inside],
-                    f"{marker}-",
-                    markersize=4,
-                    linewidth=1,
-                    label=kind,
-                )
-                if layers[0] is None:
+                outside = int(layers[0] is None)
+                marker, places = "o" if number % 2 else "s", range(outside, len(layers))
+                style = {"markersize": 4, "linewidth": 1, "label": kind}
+                (line,) = axes.plot(places, lost[outside:], f"{marker}-", **style)
+                if outside:
                     axes.plot(0, lost[0], marker, markersize=4, color=line.get_color())
         _labels(axes, layers)
         axes.set_ylabel("% of the length")
@@ -152,6 +133,6 @@ def _lengths(report: Report, title: str) -> Any:
 def _lost(tensors: Sequence[Tensor], origin: str) -> float:
     if origin == "base":
         tensors = [t for t in tensors if max((s for s in t.rounding or () if s), default=0) < NOISE]
-    views = [view for tensor in tensors if (view := tensor.view(origin)) is not None]
-    kept = [view.linear_length for view in views if view.linear_length is not None]
+    lengths = [view.linear_length for view in seen(tensors, origin)]
+    kept = [length for length in lengths if length is not None]
     return 100 * (1 - median(kept)) if kept else math.nan

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA = "mergekit-karcher/report/1"
@@ -28,13 +30,13 @@ class View(_Part):
     angles: Matrix
     linear_length: float | None
 
-    def pairs(self, without: int | None = None) -> list[float]:
-        """The angles between every two models, leaving out one of the models."""
+    def pairs(self, *without: int | None) -> list[float]:
+        """The angles between every two models, but for those at these places."""
         return [
             angle
             for i, row in enumerate(self.angles)
             for j, angle in enumerate(row[:i])
-            if angle is not None and without not in (i, j)
+            if angle is not None and i not in without and j not in without
         ]
 
 
@@ -110,12 +112,12 @@ class Tensor(_Part):
         """The models as seen from that origin."""
         if origin != self.origin:
             return self.other
-        return View(
-            origin=origin,
-            norms=self.norms,
-            angles=self.angles,
-            linear_length=self.linear_length,
-        )
+        return View(**{name: getattr(self, name) for name in View.model_fields})
+
+
+def seen(tensors: Iterable[Tensor], origin: str) -> list[View]:
+    """The views of those tensors that are seen from that origin."""
+    return [view for tensor in tensors if (view := tensor.view(origin))]
 
 
 class Kind(_Part):

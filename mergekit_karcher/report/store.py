@@ -27,8 +27,7 @@ NO_PLOTS = (
 def make_folder(folder: Path) -> None:
     """Make the folder of a report, before the work that fills it begins.
 
-    Raises:
-        KarcherError: If it cannot be made, or no file can be written there.
+    Raises KarcherError if it cannot be made, or no file can be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,17 +40,10 @@ def make_folder(folder: Path) -> None:
 
 
 def write(report: Report, folder: Path) -> bool:
-    """Write a report: the plots, report.md, and report.json last; a folder that has it is complete.
+    """Write a report to a folder, which must exist; returns whether matplotlib is there for plots.
 
-    Arguments:
-        report: What to write.
-        folder: Must exist. The files of an older report are deleted first.
-
-    Returns:
-        Whether there are plots; there are none where matplotlib is not installed.
-
-    Raises:
-        OSError: If a file cannot be written.
+    The files of an older report are deleted first, and report.json comes last: a folder that has it
+    is complete. Raises OSError if a file cannot be written.
     """
     for old in (JSON, *TITLES):
         (folder / old).unlink(missing_ok=True)
@@ -71,14 +63,10 @@ def plots_in(folder: Path) -> list[tuple[str, str]]:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy the files of a report, and nothing else, to another folder, report.json last.
+    """Copy the files of a report, and nothing else, to another folder, which is made.
 
-    Arguments:
-        source: The folder of the report.
-        target: Made if it does not exist. The files of an older report are deleted first.
-
-    Raises:
-        KarcherError: If the target cannot be written to.
+    The files of an older report are deleted first, and report.json comes last. Raises KarcherError
+    if the target cannot be written to.
     """
     make_folder(target)
     for name in (JSON, MARKDOWN, *TITLES):
@@ -90,11 +78,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def read(folder: Path) -> Report:
-    """The report in a folder.
-
-    Raises:
-        KarcherError: If there is none, or none that this version can read.
-    """
+    """The report in a folder; raises KarcherError if there is none that this version can read."""
     path = folder / JSON
     try:
         return Report.model_validate_json(path.read_text(encoding="utf-8"))

@@ -12,55 +12,37 @@ from rich.table import Table
 from mergekit_karcher.report.schema import Kind, Report
 from mergekit_karcher.report.verdict import NOISE, output_dtype
 
-
-def _angle(value: float | None) -> str:
-    return "" if value is None else f"{math.degrees(value):.3g}"
+_DEGREES = math.degrees(1)
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.3g}"
+def _shown(value: float | None, unit: float = 1, digits: int = 3) -> str:
+    return "" if value is None else f"{unit * value:.{digits}g}"
 
 
 def _lost(length: float | None) -> str:
-    return "" if length is None else f"{100 * (1 - length):.2g}"
+    return _shown(None if length is None else 1 - length, 100, 2)
 
 
-def _is_noise(kind: Kind) -> bool:
-    return kind.task_rounding_median is not None and kind.task_rounding_median >= NOISE
-
-
-def _task_angle(kind: Kind) -> str:
-    return "noise" if _is_noise(kind) else _angle(kind.task_angle_median)
-
-
-def _kept(kind: Kind) -> str:
-    return "" if _is_noise(kind) else _percent(kind.task_linear_length_median)
+def _unless_noise(kind: Kind, shown: str, otherwise: str = "") -> str:
+    return otherwise if (kind.task_rounding_median or 0) >= NOISE else shown
 
 
 Column = tuple[str, Callable[[Kind], str]]
 
 _COLUMNS: Sequence[Column] = (
     ("tensors", lambda kind: str(kind.tensors)),
-    ("angle", lambda kind: _angle(kind.angle_median)),
-    ("largest", lambda kind: _angle(kind.angle_largest)),
-    ("spread", lambda kind: _angle(kind.spread_median)),
+    ("angle", lambda kind: _shown(kind.angle_median, _DEGREES)),
+    ("largest", lambda kind: _shown(kind.angle_largest, _DEGREES)),
+    ("spread", lambda kind: _shown(kind.spread_median, _DEGREES)),
     ("lost, %", lambda kind: _lost(kind.linear_length_median)),
-    ("to linear", lambda kind: _number(kind.linear_gap_largest)),
+    ("to linear", lambda kind: _shown(kind.linear_gap_largest, digits=2)),
     ("not unique", lambda kind: str(kind.not_unique)),
 )
 _TASK_COLUMNS: Sequence[Column] = (
-    ("task angle", _task_angle),
-    ("kept, %", _kept),
-    ("rounding, %", lambda kind: _percent(kind.task_rounding_median)),
+    ("task angle", lambda k: _unless_noise(k, _shown(k.task_angle_median, _DEGREES), "noise")),
+    ("kept, %", lambda k: _unless_noise(k, _shown(k.task_linear_length_median, 100))),
+    ("rounding, %", lambda kind: _shown(kind.task_rounding_median, 100)),
 )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}"
-
-
-def _columns(report: Report) -> list[Column]:
-    return [*_COLUMNS, *(_TASK_COLUMNS if report.whole_tasks else ())]
 
 
 def legend(report: Report) -> str:
@@ -84,7 +66,7 @@ def legend(report: Report) -> str:
 
 def markdown_table(report: Report) -> str:
     """The table in Markdown, with one row for each kind of module."""
-    columns = _columns(report)
+    columns = [*_COLUMNS, *(_TASK_COLUMNS if report.whole_tasks else ())]
     lines = [
         ["module", *(title for title, _ in columns)],
         ["---", *["---:"] * len(columns)],
@@ -94,18 +76,12 @@ def markdown_table(report: Report) -> str:
 
 
 def models_line(report: Report) -> str:
-    """The sentence that names the models."""
     names = [model.name + (" (base)" if model.is_base else "") for model in report.models]
     return f"Models: {', '.join(names)}."
 
 
 def markdown(report: Report, plots: Sequence[tuple[str, str]]) -> str:
-    """The report in Markdown, without its single tensors.
-
-    Arguments:
-        report: What to tell.
-        plots: (file, title) of each picture to show.
-    """
+    """The report in Markdown, without its single tensors, with a (file, title) for each plot."""
     parts = [
         "# Geometry of this merge",
         report.verdict,
@@ -120,18 +96,16 @@ def markdown(report: Report, plots: Sequence[tuple[str, str]]) -> str:
 def show(report: Report, console: Console) -> None:
     """Print the tables and the verdict, in colour if the console is a terminal."""
     console.print(models_line(report), markup=False, highlight=False)
-    console.print(_table(report, "Geometry of this merge", _COLUMNS))
+    tables = {"Geometry of this merge": _COLUMNS}
     if report.whole_tasks:
-        console.print(_table(report, "As seen from the base", _TASK_COLUMNS))
+        tables["As seen from the base"] = _TASK_COLUMNS
+    for title, columns in tables.items():
+        table = Table(title=title, box=box.SIMPLE)
+        table.add_column("module", no_wrap=True)
+        for name, _ in columns:
+            table.add_column(name, justify="right", no_wrap=True)
+        for kind in report.kinds:
+            table.add_row(kind.kind, *(cell(kind) for _, cell in columns))
+        console.print(table)
     console.print(legend(report), markup=False, highlight=False, style="dim")
     console.print(report.verdict, markup=False, highlight=False, style="bold")
-
-
-def _table(report: Report, title: str, columns: Sequence[Column]) -> Table:
-    table = Table(title=title, box=box.SIMPLE)
-    table.add_column("module", no_wrap=True)
-    for name, _ in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    for kind in report.kinds:
-        table.add_row(kind.kind, *(cell(kind) for _, cell in columns))
-    return table

@@ -33,14 +33,7 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def verdict_of(report: Report) -> str:
-    """What the numbers of a report mean; it says nothing that they do not show.
-
-    Arguments:
-        report: Its own verdict is not read.
-
-    Returns:
-        Sentences for someone who merges models.
-    """
+    """Sentences that say what the numbers of a report mean, and nothing that they do not show."""
     sentences = [_apart(report), *_task_vectors(report), *_not_unique(report.tensors)]
     if report.settings.as_karcher:
         method = report.settings.merge_method
@@ -54,15 +47,8 @@ def verdict_of(report: Report) -> str:
     return " ".join(sentences)
 
 
-def degrees(angle: float) -> str:
-    """An angle with two significant digits, or as many as its whole degrees have."""
-    value = math.degrees(angle)
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def percent(share: float) -> str:
-    """A share with two significant digits, or as many as its whole percents have."""
-    value = 100 * share
+def _two_digits(value: float) -> str:
+    """Two significant digits, or as many as the whole number has."""
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
@@ -83,20 +69,20 @@ def _apart(report: Report) -> str:
     if largest == 0 and len(set(norms)) == 1:
         return f"{these} are the same, and so is every mean of them."
     far = "" if count == 2 else "up to "
-    lead = f"{these} are {far}{degrees(largest)} degrees apart"
+    lead = f"{these} are {far}{_two_digits(math.degrees(largest))} degrees apart"
     length = report.whole.linear_length
     lost = 1 - length if length is not None else 0.0
     if largest > _STRANGERS:
-        where = (
-            "" if all(tensor.unique for tensor in report.tensors) else " where the mean is unique"
-        )
+        unique = all(tensor.unique for tensor in report.tensors)
         return (
-            f"{lead}, like strangers: plain averaging keeps {percent(1 - lost)} % of their length, "
-            f"Karcher keeps {_keeps(report)}{where}, and neither makes a good network of models "
-            "whose neurons are not aligned."
+            f"{lead}, like strangers: plain averaging keeps {_two_digits(100 * (1 - lost))} % of "
+            f"their length, Karcher keeps {_keeps(report)}"
+            f"{'' if unique else ' where the mean is unique'}, and neither makes a good network of "
+            "models whose neurons are not aligned."
         )
     return (
-        f"{lead}: {_difference(report)}; plain averaging loses {percent(lost)} % of their length."
+        f"{lead}: {_difference(report)}; plain averaging loses {_two_digits(100 * lost)} % of "
+        "their length."
     )
 
 
@@ -136,18 +122,18 @@ def _task_vectors(report: Report) -> list[str]:
             "of the files: the angles between them mean nothing, and no merge around the base can "
             "tell them from noise."
         ]
-    angles = [
-        angle for i in known for j in known if j < i and (angle := view.angles[i][j]) is not None
-    ]
+    angles = view.pairs(*noisy)
     if not angles:
         return []
     mean = sum(angles) / len(angles)
-    apart = f"{degrees(mean)} degrees apart{'' if len(angles) == 1 else ' on average'}"
+    apart = f"{_two_digits(math.degrees(mean))} degrees apart"
+    if len(angles) > 1:
+        apart += " on average"
     worst = max(share for place in known if (share := rounding[place]) is not None)
     if worst >= _SOME_NOISE:
         apart += (
-            f" ({percent(worst)} % of their length may be rounding error of the files, so do not "
-            "trust that angle)"
+            f" ({_two_digits(100 * worst)} % of their length may be rounding error of the files, "
+            "so do not trust that angle)"
         )
     if noisy:
         return [
@@ -155,8 +141,9 @@ def _task_vectors(report: Report) -> list[str]:
             "base is hardly more than rounding error, and only noise to a merge around the base."
         ]
     sentence = (
-        f"Their task vectors are {apart}: averaging keeps {percent(view.linear_length)} % of their "
-        f"length, and origin: base keeps {_keeps(report)}."
+        f"Their task vectors are {apart}: averaging keeps "
+        f"{_two_digits(100 * view.linear_length)} % of their length, and origin: base keeps "
+        f"{_keeps(report)}."
     )
     has_evidence = mean > _AGREEING and not report.settings.in_metric
     return [sentence, _EVIDENCE] if has_evidence else [sentence]
