@@ -6,14 +6,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mergekit_karcher.align.orders import Orders
 from mergekit_karcher.align.symmetry import Specification
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.files import write_text
 
 SCHEMA = "mergekit-karcher/alignment/1"
 
@@ -37,26 +35,10 @@ class Alignment(BaseModel):
     orders: list[list[int]]
     models: dict[str, dict[str, int]]
 
-    def check(self, specification: Specification) -> None:
-        """Raise `KarcherError` unless the orders are for models with those symmetries."""
-        if self.specification != _digest_of(specification):
-            raise KarcherError(
-                "The alignment was made for models with other symmetries than these: align these "
-                "anew."
-            )
-
     def orders_of(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Orders:
-        """The orders of one model.
+        """The orders of one model, whose tensors have those shapes; new tensors.
 
-        Arguments:
-            name: The model.
-            shapes: Of its tensors.
-
-        Returns:
-            New tensors, each a permutation of the indices of its axis.
-
-        Raises:
-            KarcherError: If the model is not in the alignment, or an order does not fit its tensor.
+        Raises `KarcherError` if the alignment lacks the model, or an order does not fit its tensor.
         """
         if name not in self.models:
             raise KarcherError(
@@ -66,18 +48,14 @@ class Alignment(BaseModel):
         orders: Orders = {}
         for key, number in self.models[name].items():
             tensor, _, axis = key.rpartition(":")
-            order = torch.tensor(self.orders[number] if number < len(self.orders) else [])
-            length = shapes[tensor][int(axis)] if tensor in shapes else None
-            if (
-                length is None
-                or len(order) != length
-                or not torch.equal(order.sort().values, torch.arange(length))
-            ):
+            order = self.orders[number] if number < len(self.orders) else []
+            places = range(shapes[tensor][int(axis)]) if tensor in shapes else None
+            if places is None or sorted(order) != list(places):
                 raise KarcherError(
                     f"The alignment does not fit {name}: it has no permutation of axis {axis} of "
                     f"{tensor}; align the models anew."
                 )
-            orders[tensor, int(axis)] = order
+            orders[tensor, int(axis)] = torch.tensor(order)
         return orders
 
 
@@ -87,47 +65,38 @@ def alignment_of(
     names: Sequence[str],
     orders: Sequence[Orders],
 ) -> Alignment:
-    """The alignment with the given orders.
-
-    Arguments:
-        specification: The symmetries that the orders are for.
-        reference: The model that all others were matched to; None where they were matched jointly.
-        names, orders: Each model and its orders; equal orders are kept once.
-    """
-    numbers: dict[bytes, int] = {}
-    lists: list[list[int]] = []
-    models: dict[str, dict[str, int]] = {}
-    for name, orders_of_model in zip(names, orders, strict=True):
-        models[name] = {}
-        for (tensor, axis), order in orders_of_model.items():
-            values = order.numpy().astype(np.int64)
-            if values.tobytes() not in numbers:
-                numbers[values.tobytes()] = len(lists)
-                lists.append(values.tolist())
-            models[name][f"{tensor}:{axis}"] = numbers[values.tobytes()]
+    """The alignment with the given orders of each model; equal orders are kept once."""
+    numbers: dict[tuple[int, ...], int] = {}
+    models = {
+        name: {
+            f"{tensor}:{axis}": numbers.setdefault(tuple(order.tolist()), len(numbers))
+            for (tensor, axis), order in orders_of_model.items()
+        }
+        for name, orders_of_model in zip(names, orders, strict=True)
+    }
     return Alignment(
         schema=SCHEMA,
         family=specification.family,
         specification=_digest_of(specification),
         reference=reference,
-        orders=lists,
+        orders=[list(order) for order in numbers],
         models=models,
     )
 
 
-def write(alignment: Alignment, path: Path) -> None:
-    """Write an alignment to a file, whole or not at all."""
-    write_text(path, alignment.model_dump_json(by_alias=True) + "\n")
-
-
-def read(path: Path) -> Alignment:
-    """Read an alignment from a file; raises `KarcherError` for anything else."""
+def read(path: Path, specification: Specification) -> Alignment:
+    """Read the alignment of models with those symmetries; raises `KarcherError` if it is none."""
     try:
-        return Alignment.model_validate_json(path.read_text(encoding="utf-8"))
+        alignment = Alignment.model_validate_json(path.read_text(encoding="utf-8"))
     except (ValidationError, UnicodeDecodeError):
         raise KarcherError(
             f"{path} is not an alignment of the kind {SCHEMA}: give a file that align wrote."
         ) from None
+    if alignment.specification != _digest_of(specification):
+        raise KarcherError(
+            "The alignment was made for models with other symmetries than these: align these anew."
+        )
+    return alignment
 
 
 def _digest_of(specification: Specification) -> str:

@@ -1,10 +1,8 @@
 """Which unit of a model belongs to which unit of the reference: an exact assignment.
 
 The assignment has the greatest sum of inner products of the units that it pairs, which is the
-least sum of their squared distances. Distances save most of the work where a model is nearly the
-reference with its units in another order: over a part of the columns a distance can only be too
-small. So if every unit is nearer to one candidate, over all columns, than the part says it can be
-to any other, the candidates are the answer, and the table of all pairs is not needed.
+least sum of their squared distances. Distances over a part of the columns can only be too small:
+where they prove the nearest unit of each, the table of all pairs is not needed.
 """
 
 from __future__ import annotations
@@ -31,23 +29,18 @@ _MARGIN = 1e-5
 # Squares of float32 below this lose their digits.
 _UNDERFLOW = 1e-30
 
+# Of a model: matrices (n, d_m), m = 0, 1, ..., whose rows are the same n units; borrowed.
+Units = Sequence[torch.Tensor]
+_Table = NDArray[np.float64]
 
-def assign(reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]) -> UnitOrder:
-    """The order of a model's units that is nearest to the reference.
 
-    Arguments:
-        reference, model: Matrices (n, d_m) whose rows are the same n units, pair by pair of one
-            shape; any floating dtypes; borrowed.
+def assign(reference: Units, model: Units) -> UnitOrder:
+    """The order p of a model's units that maximises sum_a <reference_a, model_p(a)> exactly.
 
-    Returns:
-        (n,) p, with unit p[a] at place a, that maximises sum_a <reference_a, model_p(a)> exactly,
-        in float64. Scratch memory: chunks of the matrices, and n^2 float64 values where distances
-        over a part of the columns do not decide.
-
-    Raises:
-        ValueError: If the inner products are not finite.
+    Computed in float64, whatever the dtypes. Needs n^2 float64 values only where distances over a
+    part of the columns do not decide. Raises `ValueError` if the inner products are not finite.
     """
-    if reference[0].shape[0] == 1:
+    if len(reference[0]) == 1:
         return np.zeros(1, np.intp)
     for share in _SHARES:
         candidates = _nearest_if_proven(reference, model, share)
@@ -56,76 +49,41 @@ def assign(reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]) -> 
     return best_order(benefits(reference, model))
 
 
-def best_order(table: NDArray[np.float64]) -> UnitOrder:
-    """The assignment with the greatest total benefit.
+def best_order(table: _Table) -> UnitOrder:
+    """The order with the greatest sum of table[i, j], the benefit of unit j at place i.
 
-    Arguments:
-        table: (n, n) the benefit of unit j at place i; overwritten.
-
-    Returns:
-        (n,) the unit at each place.
-
-    Raises:
-        ValueError: If the table is not finite.
+    The table is overwritten. Raises `ValueError` if it is not finite.
     """
     order: UnitOrder = linear_sum_assignment(np.negative(table, out=table))[1]
     return order
 
 
-def order_if_better(table: NDArray[np.float64]) -> UnitOrder | None:
-    """The assignment with the greatest total benefit, if it is better than to move nothing.
-
-    Arguments:
-        table: (n, n) the benefit of unit j at place i; borrowed.
-
-    Returns:
-        (n,) the unit at each place; None if every unit may stay.
-
-    Raises:
-        ValueError: If the table is not finite.
-    """
+def order_if_better(table: _Table) -> UnitOrder | None:
+    """As `best_order`, with the table borrowed; None if every unit may stay where it is."""
     order = best_order(table.copy())
     reached = float(table[np.arange(len(order)), order].sum())
     return order if is_better(reached, float(np.trace(table))) else None
 
 
-def benefits(
-    reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]
-) -> NDArray[np.float64]:
-    """The inner products of every unit of the reference with every unit of the model.
-
-    Arguments:
-        reference, model: As those of `assign`.
-
-    Returns:
-        (n, n) float64, units of the reference first.
-    """
+def benefits(reference: Units, model: Units) -> _Table:
+    """The inner products (n, n) of every unit of the reference with every unit of the model."""
     count = len(reference[0])
     table = torch.zeros(count, count, dtype=torch.float64)
     for left, right in _in_float64(reference, model):
         table.addmm_(left, right.T)
-    result: NDArray[np.float64] = table.numpy()
+    result: _Table = table.numpy()
     return result
 
 
-def inner_product(reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]) -> float:
-    """sum_a <reference_a, model_a> over all units, as they stand.
-
-    Arguments:
-        reference, model: As those of `assign`.
-
-    Returns:
-        The sum, computed in float64.
-    """
+def inner_product(reference: Units, model: Units) -> float:
+    """sum_a <reference_a, model_a> over all units, as they stand, in float64."""
     by_unit = torch.zeros(len(reference[0]), dtype=torch.float64)
     for left, right in _in_float64(reference, model):
         by_unit += left.mul_(right).sum(1)
     return float(by_unit.sum())
 
 
-def _in_float64(
-    reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _in_float64(reference: Units, model: Units) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Columns of both sides in float64, a part at a time, always in the same two buffers.
 
     New buffers each time would be of a size that the allocator keeps: some hundred MB in the end.
@@ -144,17 +102,10 @@ def _in_float64(
             yield left, right
 
 
-def squared_distances(
-    reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor], order: torch.Tensor
-) -> torch.Tensor:
-    """Upper bounds of |reference_a - model_order(a)|^2 for every unit.
+def squared_distances(reference: Units, model: Units, order: torch.Tensor) -> torch.Tensor:
+    """|reference_a - model_order(a)|^2 of every unit, (n,) float64.
 
-    Arguments:
-        reference, model: As those of `assign`.
-        order: (n,) the unit of the model to compare with each of the reference.
-
-    Returns:
-        (n,) float64, above the true values by no more than float32 may round.
+    Upper bounds: above the true values, by no more than float32 may round.
     """
     # Differences of 16-bit values are exact in float32.
     dtype = torch.float64 if reference[0].dtype == torch.float64 else torch.float32
@@ -168,37 +119,23 @@ def squared_distances(
     return total.mul_(1 + _MARGIN).add_(_UNDERFLOW)
 
 
-def first_columns(matrices: Sequence[torch.Tensor], share: float) -> torch.Tensor:
-    """A share of the columns of every matrix, at least one of each, side by side.
-
-    Arguments:
-        matrices: (n, d_m) each; borrowed.
-        share: Between 0 and 1.
-
-    Returns:
-        (n, columns) float32; a copy.
-    """
-    sizes = [max(1, round(matrix.shape[1] * share)) for matrix in matrices]
-    return torch.cat([m[:, :size].float() for m, size in zip(matrices, sizes, strict=True)], 1)
+def first_columns(matrices: Units, share: float) -> torch.Tensor:
+    """A share of the columns of every matrix, at least one, side by side: (n, columns) float32."""
+    columns = (max(1, round(matrix.shape[1] * share)) for matrix in matrices)
+    return torch.cat([m[:, :count].float() for m, count in zip(matrices, columns, strict=True)], 1)
 
 
 def least_distances(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Lower bounds of the squared distances between the rows of two matrices.
+    """|left_i - right_j|^2 for the rows of two float32 matrices.
 
-    Arguments:
-        left, right: (n, d) and (m, d) float32; borrowed.
-
-    Returns:
-        (n, m) float32, |left_i - right_j|^2 less more than float32 may round; may be negative.
+    Lower bounds: less more than float32 may round, so that they may be negative.
     """
     squares = [side.square().sum(1) * (1 - _MARGIN) for side in (left, right)]
     table = torch.addmm(squares[1], left, right.T, alpha=-2)
     return table.add_(squares[0][:, None])
 
 
-def _nearest_if_proven(
-    reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor], share: float
-) -> UnitOrder | None:
+def _nearest_if_proven(reference: Units, model: Units, share: float) -> UnitOrder | None:
     """The nearest unit of the model for each of the reference, if a share of the columns proves it.
 
     None if two units have the same nearest, or another one may be as near as the candidate.
@@ -212,7 +149,7 @@ def _nearest_if_proven(
     for start in range(0, count, _BOUND_ROWS):
         rows = slice(start, start + _BOUND_ROWS)
         least = least_distances(parts[0][rows], parts[1]).topk(2, 1, largest=False)
-        candidates[rows], second[rows] = least.indices[:, 0], least.values[:, 1].double()
+        candidates[rows], second[rows] = least.indices[:, 0], least.values[:, 1]
     if len(torch.unique(candidates)) < count:
         return None
     proven = bool((squared_distances(reference, model, candidates) < second).all())

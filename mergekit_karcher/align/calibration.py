@@ -28,46 +28,36 @@ class Calibration(NamedTuple):
 
 
 class Stack(nn.Module):
-    """Linear layers with ReLU between them, under the names that a raw checkpoint has for them.
+    """Linear layers with ReLU between them, (samples, width) to (samples, width), in float32.
 
-    Arguments:
-        names: The layers, in the order in which the data passes them.
-        tensors: The weight of each, and its bias if it has one; copied to float32.
+    names: the layers in the order of the data, as the raw checkpoint calls them.
+    tensors: the weight of each, and its bias if it has one; copied.
     """
 
     def __init__(self, names: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.names = names
         for name in names:
-            weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-            layer.weight = nn.Parameter(weight.float(), requires_grad=False)
-            if bias is not None:
-                layer.bias = nn.Parameter(bias.float(), requires_grad=False)
+            outputs, inputs = tensors[f"{name}.weight"].shape
             parent: nn.Module = self
             *outer, last = name.split(".")
             for part in outer:
                 if not hasattr(parent, part):
                     parent.add_module(part, nn.Module())
                 parent = getattr(parent, part)
-            parent.add_module(last, layer)
+            parent.add_module(last, nn.Linear(inputs, outputs, f"{name}.bias" in tensors))
+        self.requires_grad_(False).load_state_dict(tensors, strict=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The outputs of the last layer, (samples, width), for inputs (samples, width)."""
         for number, name in enumerate(self.names):
             x = self.get_submodule(name)(x if number == 0 else x.relu())
         return x
 
 
 def for_stack(checkpoint: Checkpoint, data: Path) -> Calibration:
-    """Calibrate plain stacks of linear layers.
+    """Calibrate stacks with the linear layers of a checkpoint by one tensor of inputs in a file.
 
-    Arguments:
-        checkpoint: One of them; all have its layers.
-        data: A file with one tensor of inputs, samples first.
-
-    Raises:
-        KarcherError: If the checkpoint has other layers, too, or data holds no tensor.
+    Raises `KarcherError` if the checkpoint has other layers, too, or the file holds no tensor.
     """
     if any(len(shape) > 2 or "running" in name for name, shape in checkpoint.shapes.items()):
         raise KarcherError(
@@ -88,14 +78,9 @@ def for_stack(checkpoint: Checkpoint, data: Path) -> Calibration:
 
 
 def for_language_model(reference: str, data: Path) -> Calibration:
-    """Calibrate language models.
+    """Calibrate language models by up to 4096 tokens of a text, by the tokenizer of one of them.
 
-    Arguments:
-        reference: One of them, whose tokenizer is used.
-        data: A text, of which up to 4096 tokens are used.
-
-    Raises:
-        KarcherError: If the text is too short.
+    Raises `KarcherError` if the text is too short.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,16 +106,14 @@ def _tensor_in(data: Path) -> torch.Tensor:
         else:
             content = torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises errors of many kinds
-        raise _no_tensor(data, first_line(error)) from None
-    if isinstance(content, Mapping):
-        content = next(iter(content.values()), None)
-    if not isinstance(content, torch.Tensor) or content.ndim < 2:
-        raise _no_tensor(data, "what it holds is something else")
-    return content
-
-
-def _no_tensor(data: Path, why: str) -> KarcherError:
-    return KarcherError(
-        f"{data} holds no tensor of inputs ({why.rstrip('.')}): save one of shape (samples, ...), "
-        "by torch.save or as .safetensors."
+        why = first_line(error).rstrip(".")
+    else:
+        if isinstance(content, Mapping):
+            content = next(iter(content.values()), None)
+        if isinstance(content, torch.Tensor) and content.ndim > 1:
+            return content
+        why = "what it holds is something else"
+    raise KarcherError(
+        f"{data} holds no tensor of inputs ({why}): save one of shape (samples, ...), by "
+        "torch.save or as .safetensors."
     )

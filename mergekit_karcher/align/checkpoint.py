@@ -15,6 +15,7 @@ from safetensors import safe_open
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.files import replacing
 from mergekit_karcher.host.checkpoints import open_checkpoint
+from mergekit_karcher.report.names import RAW_SUFFIXES
 
 # The dtypes that align reads and writes, by what safetensors calls them.
 _DTYPES = {
@@ -31,7 +32,6 @@ _DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _SAFETENSORS = ".safetensors"
-_WEIGHTS = (_SAFETENSORS, ".bin", ".pt", ".pth")
 _CONFIG = "config.json"
 
 
@@ -47,14 +47,9 @@ class Checkpoint:
     def __init__(self, reference: str, name: str, cache: str | None = None) -> None:
         """Open a checkpoint.
 
-        Arguments:
-            reference: A folder, a Hub id, or a file (.safetensors, .bin, .pt, .pth).
-            name: What it is called in the output.
-            cache: Where models from the Hub are kept; by default where huggingface_hub keeps them.
-
-        Raises:
-            KarcherError: If it is no file that is there, has an adapter, or holds what align does
-                not read.
+        cache: where models from the Hub are kept; by default where huggingface_hub keeps them.
+        Raises `KarcherError` if it is no file that is there, has an adapter, or holds what align
+        does not read.
         """
         self.reference, self.name = reference, name
         if "+" in reference:
@@ -63,7 +58,7 @@ class Checkpoint:
                 "align the result."
             )
         self.is_raw = Path(reference).is_file()
-        if reference.endswith(_WEIGHTS) and not self.is_raw:
+        if reference.endswith(RAW_SUFFIXES) and not self.is_raw:
             raise KarcherError(f"There is no file {reference}.")
         self._folder, self._index, self._loader = open_checkpoint(reference, cache)
         self.config: dict[str, Any] | None = None
@@ -86,13 +81,13 @@ class Checkpoint:
         with safe_open(path, framework="pt") as file:
             for name in names:
                 part = file.get_slice(name)
-                if part.get_dtype() not in _DTYPES:
+                code = part.get_dtype()
+                if code not in _DTYPES:
                     raise KarcherError(
-                        f"{name} of {self.reference} is {part.get_dtype()}, which align does "
-                        "not read: convert it first."
+                        f"{name} of {self.reference} is {code}, which align does not read: convert "
+                        "it first."
                     )
-                self.shapes[name] = tuple(part.get_shape())
-                self.dtypes[name] = _DTYPES[part.get_dtype()]
+                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), _DTYPES[code]
 
     def _list_pickles(self) -> None:
         for name in self._index.tensor_paths:
@@ -116,23 +111,14 @@ class Checkpoint:
         shapes: Mapping[str, tuple[int, ...]],
         config: Mapping[str, Any],
     ) -> Path:
-        """Write the same checkpoint with other tensors in it, whole or not at all.
+        """Write the same checkpoint with other tensors into a folder, whole or not at all.
 
         Shards, names and the files beside them stay as they are; .bin weights of a Hugging Face
         model become safetensors. Holds one tensor at a time, of .bin and .pt files all of a file.
 
-        Arguments:
-            out: The folder to write it to, made if it is not there.
-            changed: Gives the tensor to write under a name, of the dtype that it has here.
-            shapes: Those of the tensors to write.
-            config: Values that replace those of config.json.
-
-        Returns:
-            The path of the new checkpoint.
-
-        Raises:
-            KarcherError: If a tensor to write has another dtype or shape.
-            OSError: If the disk is full, or the place cannot be written to.
+        changed: gives the tensor to write under a name; one that does not have the dtype that it
+            has here and its new shape raises `KarcherError`.
+        config: values that replace those of config.json.
         """
         out.mkdir(parents=True, exist_ok=True)
         path = self.target(out)
@@ -140,43 +126,41 @@ class Checkpoint:
             if not self.is_raw:
                 partial.mkdir()
                 for shard in self._index.shards:
-                    source = self._folder / shard.filename
                     target = partial / _as_safetensors(shard.filename)
-                    self._write_shard(source, target, shard.contained_keys, changed, shapes)
+                    names = shard.contained_keys
+                    self._write_shard(shard.filename, target, names, changed, shapes)
                 self._copy_rest(partial, config)
             elif path.suffix == _SAFETENSORS:
-                self._write_shard(Path(self.reference), partial, self.shapes, changed, shapes)
+                self._write_shard(Path(self.reference).name, partial, self.shapes, changed, shapes)
             else:
                 torch.save({name: changed(name) for name in self.shapes}, partial)
         return path
 
     def _write_shard(
         self,
-        source: Path,
+        filename: str,
         target: Path,
         names: Iterable[str],
         changed: Callable[[str], torch.Tensor],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         metadata: Mapping[str, str] = {"format": "pt"}
-        order = list(names)
-        if source.suffix == _SAFETENSORS:
-            with safe_open(source, framework="pt") as file:
+        if filename.endswith(_SAFETENSORS):
+            with safe_open(self._folder / filename, framework="pt") as file:
                 metadata = file.metadata() or metadata
                 # Read in the order in which they are in the file.
-                order = list(file.offset_keys())
-        entries = {name: (self.dtypes[name], shapes[name]) for name in order}
+                names = list(file.offset_keys())
+        entries = {name: (self.dtypes[name], shapes[name]) for name in names}
         write_safetensors(target, entries, changed, metadata)
 
     def _copy_rest(self, folder: Path, config: Mapping[str, Any]) -> None:
         """Copy the files beside the weights, and write the config and the index of the shards."""
         for path in sorted(self._folder.iterdir()):
-            weights = path.name.endswith((*_WEIGHTS, ".index.json", ".gguf", ".h5", ".msgpack"))
+            weights = path.name.endswith((*RAW_SUFFIXES, ".index.json", ".gguf", ".h5", ".msgpack"))
             if path.is_file() and not weights and path.name != _CONFIG:
                 shutil.copyfile(path, folder / path.name)
         if self.config is not None:
-            text = json.dumps({**self.config, **config}, indent=2)
-            (folder / _CONFIG).write_text(f"{text}\n", encoding="utf-8")
+            _write_json(folder / _CONFIG, {**self.config, **config})
         if len(self._index.shards) > 1 or "-of-" in self._index.shards[0].filename:
             files = {
                 name: _as_safetensors(file)
@@ -184,8 +168,7 @@ class Checkpoint:
             }
             size = sum((folder / file).stat().st_size for file in set(files.values()))
             index = {"metadata": {"total_size": size}, "weight_map": files}
-            path = folder / "model.safetensors.index.json"
-            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            _write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_safetensors(
@@ -198,28 +181,19 @@ def write_safetensors(
 
     The format: eight bytes for the length of the header, the header in JSON, the tensors' bytes.
 
-    Arguments:
-        path: The file; replaced if it is there.
-        entries: The dtype and shape of every tensor, in the order in which they are written.
-        read: Gives a tensor by its name; borrowed.
-        metadata: That of the file.
-
-    Raises:
-        KarcherError: If a tensor does not have the dtype and shape of its entry, with which the
-            file could not be read.
+    entries: dtype and shape of every tensor, in the order in which they are written; a tensor
+        that comes otherwise raises `KarcherError`, for the file could not be read.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
+    start = 0
     for name, (dtype, shape) in entries.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        offsets = [offset, end]
+        offsets = [start, start + math.prod(shape) * dtype.itemsize]
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": offsets}
-        offset = end
+        start = offsets[1]
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, (dtype, shape) in entries.items():
             tensor = read(name).contiguous()
             if (tensor.dtype, tuple(tensor.shape)) != (dtype, tuple(shape)):
@@ -229,6 +203,10 @@ def write_safetensors(
                     "shape."
                 )
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _as_safetensors(filename: str) -> str:

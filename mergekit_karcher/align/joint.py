@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mergekit_karcher.align.match import descend, nearest_orders, tensors_of
 from mergekit_karcher.align.orders import (
@@ -33,26 +32,12 @@ def align_jointly(
     seed: int,
     advance: Callable[[str], None],
 ) -> list[Orders]:
-    """Find the orders that bring models nearest to each other.
+    """Match each model in turn to the Karcher mean of the others, until their spread stops falling.
 
-    Each model in turn is matched to the Karcher mean of the others, until none moves or the spread
-    of the models around their mean no longer falls. The tensors of each component of symmetries
-    are vectors of their own.
-
-    Arguments:
-        specification: The symmetries that the models share.
-        models: Their tensors; borrowed.
-        starts: How often a component of several symmetries is matched, each time after all models
-            were matched to another one of them. The orders with the least spread are kept.
-        seed: Of the random orders, and of the sequence in which symmetries are matched.
-        advance: Called with the name of each component before it is matched.
-
-    Returns:
-        The orders of each model; those of the first are empty, because one order that all models
-        share changes nothing and is taken back.
-
-    Raises:
-        KarcherError: If a value of a tensor is not finite.
+    The tensors of each component of symmetries are vectors of their own. Each start begins with
+    all models matched to another one of them; the orders with the least spread are kept. advance
+    is called with the name of each component. The orders of the first model are empty: one order
+    that all models share changes nothing and is taken back.
     """
     result: list[Orders] = [{} for _ in models]
     for component in components_of(specification.symmetries):
@@ -68,18 +53,10 @@ def align_jointly(
 def products_between(
     names: Iterable[str], models: Sequence[Reader], orders: Sequence[Orders]
 ) -> Products:
-    """The inner products of models, each in its order.
+    """The inner products of models, each in its order, over those tensors together.
 
-    Arguments:
-        names: The tensors that count, of one shape in all models; those of whole numbers are
-            left out.
-        models, orders: Their tensors, borrowed, and the orders of each.
-
-    Returns:
-        The products of the vectors that all these tensors make together.
-
-    Raises:
-        KarcherError: If a value is not finite.
+    The tensors have one shape in all models; those of whole numbers are left out. Raises
+    `KarcherError` if a value is not finite.
     """
     labels = [str(index) for index in range(len(models))]
     parts = []
@@ -88,21 +65,12 @@ def products_between(
             arranged(model(name), name, order) for model, order in zip(models, orders, strict=True)
         ]
         if tensors[0].is_floating_point():
-            inputs = checked_inputs(name, tensors, labels, [1.0] * len(labels))
-            parts.append(products_of(inputs))
+            parts.append(products_of(checked_inputs(name, tensors, labels, [1.0] * len(labels))))
     return total(parts)
 
 
 def mean_between(products: Products, chosen: Sequence[int]) -> KarcherMean:
-    """The Karcher mean of some models, with equal weights.
-
-    Arguments:
-        products: The inner products of all models.
-        chosen: The indices of those whose mean is taken.
-
-    Returns:
-        The mean; its coefficients are in the order of chosen.
-    """
+    """The equally weighted Karcher mean of the models with those indices, in that order."""
     return mean_of_products(products.of(list(chosen)), np.ones(len(chosen)), Settings())
 
 
@@ -111,83 +79,71 @@ def spread_of(mean: KarcherMean) -> float:
     return float(np.sqrt(np.mean(np.square(mean.angles))))
 
 
-def _spread(names: Sequence[str], models: Sequence[Reader], orders: Sequence[Orders]) -> float:
-    return spread_of(mean_between(products_between(names, models, orders), range(len(models))))
+def _spread(
+    component: Sequence[Symmetry], models: Sequence[Reader], orders: Sequence[Orders]
+) -> float:
+    products = products_between(tensors_of(component), models, orders)
+    return spread_of(mean_between(products, range(len(models))))
 
 
 def _match_component(
     component: Sequence[Symmetry], models: Sequence[Reader], starts: int, seed: int
 ) -> list[Orders]:
     """The orders of each model with the least spread, over several starts."""
-    names = tensors_of(component)
     best: list[Orders] = [{} for _ in models]
-    if not _match_each_once(component, names, models, best, seed):
+    if not _match_each_once(component, models, best, seed):
         return best
     least = np.inf
     for start in range(starts if len(component) > 1 else 1):
         reference = start % len(models)
-        orders = [
-            {}
-            if index == reference
-            else nearest_orders(component, models[reference], model, 1, seed + start)
-            for index, model in enumerate(models)
-        ]
-        orders = _match_until_still(component, names, models, orders, seed + start)
-        spread = _spread(names, models, orders)
+        orders: list[Orders] = [{} for _ in models]
+        for index, model in enumerate(models):
+            if index != reference:
+                orders[index] = nearest_orders(component, models[reference], model, 1, seed + start)
+        orders, spread = _match_until_still(component, models, orders, seed + start)
         if start == 0 or spread < least:
             best, least = orders, spread
     return best
 
 
 def _match_until_still(
-    component: Sequence[Symmetry],
-    names: Sequence[str],
-    models: Sequence[Reader],
-    orders: list[Orders],
-    seed: int,
-) -> list[Orders]:
+    component: Sequence[Symmetry], models: Sequence[Reader], orders: list[Orders], seed: int
+) -> tuple[list[Orders], float]:
     """Match every model to the others in rounds, from orders on, until the spread stops falling."""
-    spread = _spread(names, models, orders)
+    spread = _spread(component, models, orders)
     for turn in range(_MOST_ROUNDS):
         before = [dict(order) for order in orders]
-        moved = _match_each_once(component, names, models, orders, seed + turn)
-        new = _spread(names, models, orders)
+        moved = _match_each_once(component, models, orders, seed + turn)
+        new = _spread(component, models, orders)
         if not moved or stopped_falling(new, spread):
-            return orders if new < spread else before
+            return (orders, new) if new < spread else (before, spread)
         spread = new
-    return orders
+    return orders, spread
 
 
 def _match_each_once(
-    component: Sequence[Symmetry],
-    names: Sequence[str],
-    models: Sequence[Reader],
-    orders: list[Orders],
-    seed: int,
+    component: Sequence[Symmetry], models: Sequence[Reader], orders: list[Orders], seed: int
 ) -> bool:
     """Match every model to the mean of the others once; whether any moved. Orders change."""
     moved = False
     for index, model in enumerate(models):
         others = [other for other in range(len(models)) if other != index]
-        coefficients = mean_between(products_between(names, models, orders), others).coefficients
-        mean = _reader_of_mean(
-            [models[other] for other in others], [orders[other] for other in others], coefficients
-        )
-        moved |= descend(component, mean, model, orders[index], seed)
+        products = products_between(tensors_of(component), models, orders)
+        factors = mean_between(products, others).coefficients.tolist()
+        parts = [(models[o], orders[o], f) for o, f in zip(others, factors, strict=True)]
+        moved |= descend(component, _reader_of_sum(parts), model, orders[index], seed)
     return moved
 
 
-def _reader_of_mean(
-    models: Sequence[Reader], orders: Sequence[Orders], coefficients: NDArray[np.floating]
-) -> Reader:
-    """Reads tensors of the sum of models, each in its order and times its coefficient."""
+def _reader_of_sum(parts: Sequence[tuple[Reader, Orders, float]]) -> Reader:
+    """Reads tensors of the sum of models, each in its order and times its factor."""
 
     def read(name: str) -> torch.Tensor:
-        mean = torch.zeros(())
-        for model, order, factor in zip(models, orders, coefficients.tolist(), strict=True):
+        result = torch.zeros(())
+        for model, order, factor in parts:
             tensor = arranged(model(name), name, order)
             # Sums of 16-bit tensors would be rounded to 16 bits.
-            mean = mean + tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
-        return mean
+            result = result + tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor
+        return result
 
     return read

@@ -3,7 +3,7 @@
 Symmetries that permute axes of one tensor depend on each other: they form a component, and are
 matched one after the other, again and again, until no order changes (coordinate descent). Each
 match is an exact assignment, given the orders of the rest. Tensors are read when they are needed
-and not kept.
+and not kept. A value that is not finite raises `KarcherError`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from mergekit_karcher.align.assign import (
-    assign,
-    benefits,
-    inner_product,
-    order_if_better,
-)
+from mergekit_karcher.align.assign import assign, benefits, inner_product, order_if_better
 from mergekit_karcher.align.nested import best_nested_order, is_proven_best
 from mergekit_karcher.align.orders import (
     BlockOrders,
@@ -55,22 +50,10 @@ def align_to_reference(
     seed: int,
     advance: Callable[[str], None],
 ) -> list[Orders]:
-    """Find the orders that bring every model nearest to one of them.
+    """Find the orders that bring every model nearest to the one with the index reference.
 
-    Arguments:
-        specification: The symmetries that the models share.
-        reference: The index of the model that all others are matched to.
-        models: All of them, the reference too; borrowed.
-        starts: How often a component of several symmetries is matched: once from the models as
-            they are, then from random orders. The orders that come nearest are kept.
-        seed: Of the random orders, and of the sequence in which symmetries are matched.
-        advance: Called with the name of each component before it is matched.
-
-    Returns:
-        The orders of each model; those of the reference are empty.
-
-    Raises:
-        KarcherError: If a value of a tensor is not finite.
+    starts, seed: see `nearest_orders`. advance: called with the name of each component before it
+    is matched. The orders of the reference are empty.
     """
     orders: list[Orders] = [{} for _ in models]
     for component in components_of(specification.symmetries):
@@ -84,19 +67,9 @@ def align_to_reference(
 def nearest_orders(
     component: Sequence[Symmetry], reference: Reader, model: Reader, starts: int, seed: int
 ) -> Orders:
-    """The best orders of several descents; with a single symmetry the first one is exact.
+    """The best orders of several descents: one from the model as it is, others from random orders.
 
-    Arguments:
-        component: Symmetries that share tensors.
-        reference, model: Their tensors; borrowed.
-        starts: How many descents, the first from the model as it is.
-        seed: Of the random orders that the others start from.
-
-    Returns:
-        The orders of the model's tensors.
-
-    Raises:
-        KarcherError: If a value of a tensor is not finite.
+    A single symmetry needs one descent, which is exact.
     """
     best: Orders = {}
     greatest = -np.inf
@@ -117,19 +90,10 @@ def nearest_orders(
 def descend(
     component: Sequence[Symmetry], reference: Reader, model: Reader, orders: Orders, seed: int
 ) -> bool:
-    """Match the symmetries of a component in turns until none moves.
+    """Match the symmetries of a component in turns, in a random sequence, until none moves.
 
-    Arguments:
-        component: Symmetries that share tensors.
-        reference, model: Their tensors; borrowed.
-        orders: Those of the model to start from; changed to those that are found.
-        seed: Of the sequence in which the symmetries are matched.
-
-    Returns:
-        Whether any order changed.
-
-    Raises:
-        KarcherError: If a value of a tensor is not finite.
+    orders: those of the model to start from; changed to those that are found. Returns whether any
+    order changed.
     """
     generator = np.random.default_rng(seed)
     moved = False
@@ -137,9 +101,8 @@ def descend(
         changed = False
         for place in generator.permutation(len(component)):
             step = _matched(component[place], reference, model, orders)
-            if step:
-                follow_with(orders, step)
-                changed = True
+            follow_with(orders, step)
+            changed |= bool(step)
         moved |= changed
         if not changed or len(component) == 1:
             break
@@ -164,39 +127,38 @@ def _matched(symmetry: Symmetry, reference: Reader, model: Reader, orders: Order
     if len(symmetry.moves) > _MOST_TENSORS and not symmetry.inside:
         return _matched_by_tensor(symmetry, pair_of, model)
     pairs = [pair_of(move) for move in symmetry.moves]
+    left, right = zip(*pairs, strict=True)
     try:
-        best = _best_units(symmetry, [left for left, _ in pairs], [right for _, right in pairs])
+        if not symmetry.inside:
+            order, in_blocks = assign(_flat(left), _flat(right)), unmoved_blocks(symmetry)
+        elif is_proven_best(symmetry, left, right):
+            return {}
+        else:
+            order, in_blocks = best_nested_order(symmetry, left, right)
     except ValueError:
         # Values that are not finite have no order. To look for them each time would cost a pass.
         for move, sides in zip(symmetry.moves, pairs, strict=True):
             if not all(bool(torch.isfinite(side).all()) for side in sides):
                 raise _not_finite(move.tensor) from None
         raise
-    if best is None or not _is_gain(*best, pairs):
+    if not _is_gain(order, in_blocks, left, right):
         return {}
-    return orders_of_units(symmetry, *best, model)
+    return orders_of_units(symmetry, order, in_blocks, model)
 
 
-def _best_units(
-    symmetry: Symmetry, left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]
-) -> tuple[UnitOrder, list[BlockOrders]] | None:
-    """The best order of units and inside of them; None if it is proven that all may stay."""
-    if not symmetry.inside:
-        order = assign([side.flatten(1) for side in left], [side.flatten(1) for side in right])
-        return order, unmoved_blocks(symmetry)
-    if is_proven_best(symmetry, left, right):
-        return None
-    return best_nested_order(symmetry, left, right)
-
-
-def _is_gain(order: UnitOrder, in_blocks: Sequence[BlockOrders], pairs: Sequence[_Pair]) -> bool:
+def _is_gain(
+    order: UnitOrder,
+    in_blocks: Sequence[BlockOrders],
+    reference: Sequence[torch.Tensor],
+    model: Sequence[torch.Tensor],
+) -> bool:
     """Whether the model in a new order is nearer to the reference, by more than rounding."""
     if is_identity(order) and all(map(is_identity, in_blocks)):
         return False
-    stay = inner_product([a.flatten(1) for a, _ in pairs], [b.flatten(1) for _, b in pairs])
+    stay = inner_product(_flat(reference), _flat(model))
     units = torch.from_numpy(order)
     new = 0.0
-    for (left, right), in_block in zip(pairs, in_blocks, strict=True):
+    for left, right, in_block in zip(reference, model, in_blocks, strict=True):
         step = max(1, _CHUNK_ELEMENTS // right[0].numel())
         for start in range(0, len(order), step):
             rows = slice(start, start + step)
@@ -216,9 +178,9 @@ def _matched_by_tensor(
     if not np.isfinite(table).all():
         raise _not_finite(f"One of the tensors of the {symmetry.name}")
     order = order_if_better(table)
-    return (
-        {} if order is None else orders_of_units(symmetry, order, unmoved_blocks(symmetry), model)
-    )
+    if order is None:
+        return {}
+    return orders_of_units(symmetry, order, unmoved_blocks(symmetry), model)
 
 
 def _not_finite(what: str) -> KarcherError:
@@ -227,7 +189,10 @@ def _not_finite(what: str) -> KarcherError:
     )
 
 
+def _flat(blocks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [block.flatten(1) for block in blocks]
+
+
 def _flat_product(left: torch.Tensor, right: torch.Tensor) -> float:
     """The inner product of two tensors of one shape."""
-    shape = (left.shape[0] if left.ndim else 1, -1)
-    return inner_product([left.reshape(shape)], [right.reshape(shape)])
+    return inner_product([left.reshape(len(left), -1)], [right.reshape(len(right), -1)])

@@ -1,4 +1,8 @@
-"""Units that have symmetries of their own inside, such as attention heads."""
+"""Units that have symmetries of their own inside, such as attention heads.
+
+Models come as blocks, one tensor (size, block, rest) for each move, see `orders.blocks_of`;
+borrowed.
+"""
 
 from __future__ import annotations
 
@@ -23,22 +27,16 @@ from mergekit_karcher.align.symmetry import Inside, Symmetry
 _BOUND_SHARE = 1 / 8
 _MOST_SWEEPS = 100
 
+_Blocks = Sequence[torch.Tensor]
+
 
 def best_nested_order(
-    symmetry: Symmetry, reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]
+    symmetry: Symmetry, reference: _Blocks, model: _Blocks
 ) -> tuple[UnitOrder, list[BlockOrders]]:
     """The best order of units, each compared with each at the best order inside of it.
 
-    Arguments:
-        symmetry: Its `inside` says what may be permuted in a unit.
-        reference, model: For each move (size, block, rest), see `orders.blocks_of`; borrowed.
-
-    Returns:
-        (size,) the unit of the model at each place; and for each move (size, block), the order
-        inside that unit.
-
-    Raises:
-        ValueError: If the inner products are not finite.
+    Returns the unit at each place, and for each move the order inside that unit. Raises
+    `ValueError` if the inner products are not finite.
     """
     size = symmetry.size
     table = np.empty((size, size))
@@ -55,15 +53,13 @@ def best_nested_order(
 
 
 def _best_inside(
-    insides: Sequence[Inside], reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]
+    insides: Sequence[Inside], reference: _Blocks, model: _Blocks
 ) -> tuple[float, list[BlockOrders]]:
     """The inner product of two units at the best orders inside, found in turns, and the orders."""
     orders = [torch.arange(len(block)) for block in reference]
     for _ in range(_MOST_SWEEPS):
-        changed = False
-        for inside in insides:
-            changed |= _reorder(inside, reference, model, orders)
-        if not changed or len(insides) == 1:
+        changed = [_reorder(inside, reference, model, orders) for inside in insides]
+        if not any(changed) or len(insides) == 1:
             break
     reached = sum(
         inner_product([left.flatten(1)], [right[order].flatten(1)])
@@ -73,44 +69,31 @@ def _best_inside(
 
 
 def _reorder(
-    inside: Inside,
-    reference: Sequence[torch.Tensor],
-    model: Sequence[torch.Tensor],
-    orders: list[torch.Tensor],
+    inside: Inside, reference: _Blocks, model: _Blocks, orders: list[torch.Tensor]
 ) -> bool:
     """Put one symmetry inside two units into its best order, if that is better; orders change."""
     left, right = [], []
-    for move in inside.moves:
-        rows = slice(move.offset, move.offset + inside.size * move.block)
-        left.append(reference[move.move][rows].reshape(inside.size, -1))
-        right.append(model[move.move][orders[move.move]][rows].reshape(inside.size, -1))
+    for index, offset, block in inside.moves:
+        rows = slice(offset, offset + inside.size * block)
+        left.append(reference[index][rows].reshape(inside.size, -1))
+        right.append(model[index][orders[index]][rows].reshape(inside.size, -1))
     order = order_if_better(benefits(left, right))
     if order is None:
         return False
-    for move in inside.moves:
-        step = np.arange(len(orders[move.move]))
-        rows = slice(move.offset, move.offset + inside.size * move.block)
-        indices = move.offset + order[:, None] * move.block + np.arange(move.block)
-        step[rows] = indices.ravel()
-        orders[move.move] = orders[move.move][torch.from_numpy(step)]
+    for index, offset, block in inside.moves:
+        step = np.arange(len(orders[index]))
+        indices = offset + order[:, None] * block + np.arange(block)
+        step[offset : offset + inside.size * block] = indices.ravel()
+        orders[index] = orders[index][torch.from_numpy(step)]
     return True
 
 
-def is_proven_best(
-    symmetry: Symmetry, reference: Sequence[torch.Tensor], model: Sequence[torch.Tensor]
-) -> bool:
+def is_proven_best(symmetry: Symmetry, reference: _Blocks, model: _Blocks) -> bool:
     """Whether it is proven, at little cost, that no other order of units or inside them is better.
 
     Wherever a unit goes, and in whatever order inside, none of its rows can get nearer to the
     reference than to the nearest row of the unit there. `assign.least_distances` bounds those
     distances from below.
-
-    Arguments:
-        symmetry: Its `inside` says what may be permuted in a unit.
-        reference, model: For each move (size, block, rest), see `orders.blocks_of`; borrowed.
-
-    Returns:
-        True if the order is the best one; False if it may not be.
     """
     size = symmetry.size
     elsewhere = torch.zeros(size, size, dtype=torch.float64)
@@ -138,10 +121,10 @@ def _moves_permuted_alike(symmetry: Symmetry) -> list[tuple[int, list[int]]]:
     groups: dict[tuple[int, tuple[tuple[int, int, int], ...]], list[int]] = {}
     for index, move in enumerate(symmetry.moves):
         inner = tuple(
-            (place, inner_move.offset, inner_move.block)
+            (place, offset, block)
             for place, inside in enumerate(symmetry.inside)
-            for inner_move in inside.moves
-            if inner_move.move == index
+            for inner_index, offset, block in inside.moves
+            if inner_index == index
         )
         rows = move.block // min(block for _, _, block in inner) if inner else 1
         groups.setdefault((rows, inner), []).append(index)

@@ -16,7 +16,7 @@ Reader = Callable[[str], torch.Tensor]
 Orders = dict[tuple[str, int], torch.Tensor]
 # For each unit, the row of the unit's block that comes to each place in it: (units, block).
 BlockOrders = NDArray[np.intp]
-# The unit that comes to each place.
+# The unit that comes to each place: (units,).
 UnitOrder = NDArray[np.intp]
 
 # A new order must be better than the old one by more than this, relative to the larger of both:
@@ -25,20 +25,10 @@ _IMPROVEMENT = 1e-12
 
 
 def arranged(tensor: torch.Tensor, name: str, orders: Orders) -> torch.Tensor:
-    """A tensor with its axes in the order that was found for them.
-
-    Arguments:
-        tensor: Of any dtype and shape; borrowed.
-        name: Its name, by which orders knows it.
-        orders: Those of the model.
-
-    Returns:
-        A new tensor, or the given one if none of its axes is permuted.
-    """
+    """The tensor of that name with its axes in order; the given one if none of them is permuted."""
     for axis in range(tensor.ndim):
-        order = orders.get((name, axis))
-        if order is not None:
-            tensor = tensor.index_select(axis, order)
+        if (name, axis) in orders:
+            tensor = tensor.index_select(axis, orders[name, axis])
     return tensor
 
 
@@ -63,16 +53,9 @@ def unmoved_blocks(symmetry: Symmetry) -> list[BlockOrders]:
 
 
 def blocks_of(tensor: torch.Tensor, move: Move, size: int) -> torch.Tensor:
-    """The units of a move.
+    """The units of a move, (size, block, rest); a view of the tensor where strides allow one.
 
-    Arguments:
-        tensor: The tensor that the move is of; borrowed.
-        move: Where the units are in it.
-        size: How many there are.
-
-    Returns:
-        (size, block, rest): for each unit the rows of its block, everything but the axis of the
-        move flattened. A view where strides allow one.
+    For each unit the rows of its block, everything but the axis of the move flattened.
     """
     part = tensor.narrow(move.axis, move.offset, size * move.block).movedim(move.axis, 0)
     return part.reshape(size, move.block, -1)
@@ -81,17 +64,10 @@ def blocks_of(tensor: torch.Tensor, move: Move, size: int) -> torch.Tensor:
 def orders_of_units(
     symmetry: Symmetry, order: UnitOrder, in_blocks: Sequence[BlockOrders], model: Reader
 ) -> Orders:
-    """The orders of a model's tensors that put the units of one symmetry into an order.
+    """The orders of all axes that put the units of a symmetry into an order.
 
-    Arguments:
-        symmetry: What is permuted.
-        order: (size,) the unit that comes to each place.
-        in_blocks: For each move (size, block): at each place, the order inside the unit that
-            comes there.
-        model: For the lengths of the axes.
-
-    Returns:
-        The order of every axis that the symmetry moves; new tensors.
+    in_blocks: for each move, at each place the order inside the unit that comes there.
+    model: is read for the lengths of the axes alone.
     """
     orders: Orders = {}
     for move, in_block in zip(symmetry.moves, in_blocks, strict=True):
@@ -107,23 +83,19 @@ def orders_of_units(
 def follow_with(orders: Orders, more: Mapping[tuple[str, int], torch.Tensor]) -> None:
     """Change orders, in place, to what they and then more do to a model."""
     for key, order in more.items():
-        before = orders.get(key)
-        orders[key] = order if before is None else before[order]
+        orders[key] = orders[key][order] if key in orders else order
 
 
 def random_orders(symmetries: Sequence[Symmetry], model: Reader, seed: int) -> Orders:
     """Orders that put the units of all symmetries, and what is inside of each, at random places.
 
-    Arguments:
-        symmetries: What is permuted.
-        model: For the lengths of the axes.
-        seed: The same seed gives the same orders.
+    model: is read for the lengths of the axes alone.
     """
     generator = np.random.default_rng(seed)
     orders: Orders = {}
     for symmetry in symmetries:
         in_blocks = unmoved_blocks(symmetry)
-        for unit in range(symmetry.size if symmetry.inside else 0):
+        for unit in range(symmetry.size):
             for inside in symmetry.inside:
                 permutation = generator.permutation(inside.size)
                 for move in inside.moves:

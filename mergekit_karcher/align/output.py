@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import yaml
 
-from mergekit_karcher.align import alignment as alignments
 from mergekit_karcher.align.checkpoint import Checkpoint
 from mergekit_karcher.align.run import Aligned, AlignedModel
 from mergekit_karcher.errors import KarcherError
@@ -31,21 +30,14 @@ def check_free(checkpoints: Sequence[Checkpoint], out: Path) -> None:
 def write(
     aligned: Aligned, out: Path, config: dict[str, Any] | None, cache: str | None = None
 ) -> None:
-    """Write aligned models, their metrics, alignment.json and config.yml.
+    """Write aligned models, their metrics, alignment.json and config.yml into a folder.
 
     config.yml is written last: a folder that has it is complete. Models stay where they are if
-    nothing changes any of them.
+    nothing changes any of them. Raises `KarcherError` if a metric does not fit its model.
 
-    Arguments:
-        aligned: The models.
-        out: The folder, made if it is not there.
-        config: The config of mergekit that the models were taken from; config.yml is the same with
-            the new models and metrics. None for one that merges the models by karcher.
-        cache: Where metrics from the Hub are kept; by default where huggingface_hub keeps them.
-
-    Raises:
-        KarcherError: If a metric does not fit its model.
-        OSError: If the disk is full, or the place cannot be written to.
+    config: the config of mergekit that the models were taken from; config.yml is the same with
+        the new models and metrics. None for one that merges the models by karcher.
+    cache: where metrics from the Hub are kept; by default where huggingface_hub keeps them.
     """
     out.mkdir(parents=True, exist_ok=True)
     paths = _write_models(aligned, out)
@@ -53,9 +45,9 @@ def write(
         merging = _karcher_config(aligned.models, paths)
     else:
         references = [model.checkpoint.reference for model in aligned.models]
-        with_metrics = _with_metrics(config, _metric_writer(aligned.models, out, cache))
-        merging = _with_models(with_metrics, dict(zip(references, paths, strict=True)))
-    alignments.write(aligned.alignment, out / ALIGNMENT)
+        places = dict(zip(references, paths, strict=True))
+        merging = _moved(config, places, _metric_writer(aligned.models, out, cache))
+    write_text(out / ALIGNMENT, aligned.alignment.model_dump_json(by_alias=True) + "\n")
     write_text(out / CONFIG, yaml.safe_dump(merging, sort_keys=False))
 
 
@@ -72,9 +64,9 @@ def _write_models(aligned: Aligned, out: Path) -> list[str]:
 
         config = {}
         key = aligned.specification.width_key
-        if model.padding.added and key is not None:
+        if model.is_padded and key is not None:
             config[key] = max(s.size for s in aligned.specification.symmetries if s.padding)
-        path = model.checkpoint.write(out, changed, model.padding.shapes, config)
+        path = model.checkpoint.write(out, changed, model.wide.shapes, config)
         paths.append(str(path.resolve()))
     return paths
 
@@ -100,7 +92,7 @@ def _metric_writer(
                     f"shape {shape}."
                 )
         path = source.write(
-            out, lambda tensor: model.arranged(source.read, tensor), model.padding.shapes, {}
+            out, lambda tensor: model.arranged(source.read, tensor), model.wide.shapes, {}
         )
         return str(path.resolve())
 
@@ -112,52 +104,40 @@ def _karcher_config(models: Sequence[AlignedModel], paths: Sequence[str]) -> dic
         "merge_method": "karcher",
         "models": [{"model": path} for path in paths],
     }
-    dtypes = {
-        dtype
-        for model in models
-        for dtype in model.checkpoint.dtypes.values()
-        if dtype.is_floating_point
-    }
-    if len(dtypes) == 1:
-        config["dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    dtypes = {dtype for model in models for dtype in model.checkpoint.dtypes.values()}
+    floating = [str(dtype) for dtype in dtypes if dtype.is_floating_point]
+    if len(floating) == 1:
+        config["dtype"] = floating[0].removeprefix("torch.")
     return config
 
 
-def _with_models(part: Any, places: Mapping[str, str]) -> Any:
-    """A config with the models in other places; words such as base may be names of models, too."""
+def _moved(part: Any, places: Mapping[str, str], write_metric: Callable[[str, str], str]) -> Any:
+    """A config with the models in other places, and the metric of each written anew."""
     if isinstance(part, list):
-        return [_with_models(item, places) for item in part]
-    if not isinstance(part, dict):
-        return part
-    return {
-        key: places.get(value, value)
-        if isinstance(value, str) and (key in MODEL_KEYS or _is_source(key, value))
-        else _with_models(value, places)
-        for key, value in part.items()
-    }
-
-
-def _with_metrics(part: Any, write_metric: Callable[[str, str], str]) -> Any:
-    """A config with the metric of every model in its new place."""
-    if isinstance(part, list):
-        return [_with_metrics(item, write_metric) for item in part]
+        return [_moved(item, places, write_metric) for item in part]
     if not isinstance(part, dict):
         return part
 
-    def changed(setting: Any) -> Any:
+    def carried(setting: Any) -> Any:
         if isinstance(setting, list):
-            return [changed(item) for item in setting]
+            return [carried(item) for item in setting]
         if isinstance(setting, dict):
-            return {**setting, "value": changed(setting["value"])}
+            return {**setting, "value": carried(setting["value"])}
         return write_metric(part["model"], setting)
 
-    result = {key: _with_metrics(value, write_metric) for key, value in part.items()}
+    result: dict[str, Any] = {
+        key: places.get(value, value)
+        if isinstance(value, str) and _names_a_model(key, value)
+        else _moved(value, places, write_metric)
+        for key, value in part.items()
+    }
     parameters = part.get("parameters") or {}
     if isinstance(part.get("model"), str) and "metric" in parameters:
-        result["parameters"] = {**parameters, "metric": changed(parameters["metric"])}
+        result["parameters"] = {**result["parameters"], "metric": carried(parameters["metric"])}
     return result
 
 
-def _is_source(key: str, value: str) -> bool:
-    """Whether it names the model that a tokenizer comes from."""
-    return key in ("tokenizer_source", "source") and value not in ("base", "union")
+def _names_a_model(key: str, value: str) -> bool:
+    """Whether a value is a model; words such as base may be names of models, too."""
+    is_source = key in ("tokenizer_source", "source") and value not in ("base", "union")
+    return key in MODEL_KEYS or is_source

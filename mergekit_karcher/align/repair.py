@@ -1,15 +1,14 @@
 """REPAIR (Jordan et al. 2023): rescale the hidden units of a merged network.
 
-Where networks agree only in part, the activations of their mean vary less than their own, and less
-from layer to layer. Here the pre-activation of every hidden unit is scaled and shifted so that its
-mean and standard deviation on calibration data are the average of the parents'; where a layer has
-no bias it is only scaled. `reestimate` computes the statistics of batch norms anew.
+Averaging makes activations vary less, from layer to layer. Here the pre-activation of every hidden
+unit is scaled, and shifted where there is a bias, so that its mean and standard deviation on
+calibration data are the average of the parents'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -56,26 +55,17 @@ class Correction(NamedTuple):
 def repair(
     merged: nn.Module, parents: Iterable[nn.Module], run: Run, layers: Sequence[str]
 ) -> dict[str, Correction]:
-    """Compute the corrections of layers of a merged network.
+    """The corrections of layers of a merged network, in the order in which the data passes them.
 
     Each layer is corrected with those before it corrected already, and from the statistics of all
-    that passes it, weighted by the number of values. If run calls each layer once, one run of the
-    merged network is enough. If it calls the network several times (in batches), the correction
-    of a layer is only known after all of them: then the network is run once more for each layer.
+    that passes it. If run calls the network several times (in batches), these are only known after
+    all of them: then the network is run once more for each layer.
 
-    Arguments:
-        merged: The network; borrowed, and not changed.
-        parents: The networks that were merged, aligned, with the same modules; taken one after the
-            other.
-        run: Calls a network on the calibration data, in as many calls as it likes, on the same data
-            each time.
-        layers: The names of linear or convolutional modules whose outputs are pre-activations.
-
-    Returns:
-        The correction of each layer, in the order in which the data passes them.
-
-    Raises:
-        KarcherError: If run does not call a layer.
+    merged: is not changed.
+    parents: aligned, with the same modules; taken one after the other.
+    run: calls a network on the same data each time.
+    layers: linear or convolutional modules whose outputs are pre-activations; one that run does
+        not call raises `KarcherError`.
     """
     by_parent = [moments(parent, run, layers) for parent in parents]
     targets = {
@@ -90,46 +80,31 @@ def repair(
     repeated = False
 
     def correct(name: str, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+        return _corrected_output(module, output, corrections[name])
+
+    def compute_and_correct(name: str, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
         nonlocal repeated
         repeated |= name in corrections
         corrections[name] = _correction(_moments(module, output), targets[name], module)
-        return _corrected_output(module, output, corrections[name])
+        return correct(name, module, output)
 
-    with _hooked(merged, layers, correct):
+    with _hooked(merged, layers, compute_and_correct):
         run(merged)
     _check_all_called(layers, corrections)
-    return _layer_by_layer(merged, run, list(corrections), targets) if repeated else corrections
-
-
-def _layer_by_layer(
-    merged: nn.Module, run: Run, layers: Sequence[str], targets: Mapping[str, Moments]
-) -> dict[str, Correction]:
-    """The corrections of layers in the order of the data, each from a run over all of it."""
-    corrections: dict[str, Correction] = {}
-
-    def correct(name: str, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
-        return _corrected_output(module, output, corrections[name])
-
-    for name in layers:
-        with _hooked(merged, list(corrections), correct):
-            measured = moments(merged, run, [name])[name]
-        corrections[name] = _correction(measured, targets[name], merged.get_submodule(name))
+    if repeated:
+        order = list(corrections)
+        corrections.clear()
+        for name in order:
+            with _hooked(merged, list(corrections), correct):
+                measured = moments(merged, run, [name])[name]
+            corrections[name] = _correction(measured, targets[name], merged.get_submodule(name))
     return corrections
 
 
 def moments(network: nn.Module, run: Run, layers: Sequence[str]) -> dict[str, Moments]:
-    """Measure the outputs of modules.
+    """The moments of all outputs of each of the modules, over all calls.
 
-    Arguments:
-        network: Borrowed, and not changed.
-        run: Calls the network on the calibration data, in as many calls as it likes.
-        layers: The names of the modules.
-
-    Returns:
-        The moments of all outputs of each module, over all calls.
-
-    Raises:
-        KarcherError: If run does not call a module.
+    Raises `KarcherError` if run does not call a module.
     """
     measured: dict[str, Moments] = {}
 
@@ -146,17 +121,9 @@ def moments(network: nn.Module, run: Run, layers: Sequence[str]) -> dict[str, Mo
 def corrected(
     name: str, tensor: torch.Tensor, axes: Mapping[str, int], corrections: Mapping[str, Correction]
 ) -> torch.Tensor:
-    """Apply the corrections of layers to a tensor of their network.
+    """A tensor of a network, in its dtype, after the corrections of layers.
 
-    Arguments:
-        name: Of the tensor.
-        tensor: Borrowed.
-        axes: For each corrected layer, the axis of its weight that counts the units.
-        corrections: Those of each layer.
-
-    Returns:
-        A new tensor of the same dtype for the weight or bias of a corrected layer; any other tensor
-        as it is.
+    axes: for each corrected layer, the axis of its weight that counts the units.
     """
     layer, _, part = name.rpartition(".")
     if layer not in corrections or part not in ("weight", "bias"):
@@ -164,55 +131,49 @@ def corrected(
     scale, shift = corrections[layer]
     if part == "bias":
         return (tensor.double() * scale + shift).to(tensor.dtype)
-    shape = [1] * tensor.ndim
-    shape[axes[layer]] = -1
-    return (tensor.double() * scale.view(shape)).to(tensor.dtype)
+    by_unit = scale.view(-1, *[1] * (tensor.ndim - 1 - axes[layer]))
+    return (tensor.double() * by_unit).to(tensor.dtype)
 
 
 def reestimate(network: nn.Module, run: Run) -> None:
     """Compute the statistics of all batch norms of a network anew, in place.
 
-    Each norm gets the mean and the unbiased variance of all values that reach it, over all calls,
-    weighted by the number of values. As in training, every call is normalised by its own
-    statistics: behind a first norm, what reaches the others depends on how the data is divided
-    into calls, so let them be large.
+    Each norm gets the mean and the unbiased variance of all values that reach it, over all calls.
+    As in training, every call is normalised by its own statistics: behind a first norm, what
+    reaches the others depends on how the data is divided into calls, so let them be large.
 
     Arguments:
-        network: Its running statistics are replaced; its batch norms are in evaluation mode
-            afterwards.
+        network: Its batch norms are in evaluation mode afterwards.
         run: Calls the network on the calibration data, in as many calls as it likes.
     """
-    norms = [module for module in network.modules() if isinstance(module, _NORMS)]
-    momenta = [norm.momentum for norm in norms]
-    collected: dict[nn.Module, Moments] = {}
+    norms = {name: norm for name, norm in network.named_modules() if isinstance(norm, _NORMS)}
+    momenta = [norm.momentum for norm in norms.values()]
+    tracking = [name for name, norm in norms.items() if norm.track_running_stats]
+    collected: dict[str, Moments] = {}
 
-    def collect(norm: Any, _inputs: Any, output: torch.Tensor) -> None:
+    def collect(name: str, norm: Any, output: torch.Tensor) -> None:
         size = output.numel() // output.shape[1]
         # What the norm holds is the unbiased variance of this call.
         variance = norm.running_var.double() * (size - 1) / size
         # A copy, since the next call writes over it.
         mean = norm.running_mean.to(torch.float64, copy=True)
         more = Moments(mean, variance.sqrt(), size)
-        if norm in collected:
-            more = collected[norm].with_more(more)
+        if name in collected:
+            more = collected[name].with_more(more)
             norm.running_mean.copy_(more.mean)
             norm.running_var.copy_(more.deviation.square() * more.size / (more.size - 1))
-        collected[norm] = more
+        collected[name] = more
 
-    tracking = [norm for norm in norms if norm.track_running_stats]
-    handles = [norm.register_forward_hook(collect) for norm in tracking]
     try:
-        for norm in norms:
+        for norm in norms.values():
             norm.reset_running_stats()
             # Running statistics are those of the last call alone; `collect` puts them together.
             norm.momentum = 1.0
             norm.train()
-        with torch.no_grad():
+        with _hooked(network, tracking, collect):
             run(network)
     finally:
-        for handle in handles:
-            handle.remove()
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum in zip(norms.values(), momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
 
@@ -221,18 +182,16 @@ def _correction(measured: Moments, target: Moments, module: nn.Module) -> Correc
     tiny = torch.finfo(torch.float64).tiny
     constant = measured.deviation <= _CONSTANT * measured.mean.abs() + tiny
     scale = torch.where(constant, 1.0, target.deviation / measured.deviation.clamp(min=1e-300))
-    has_bias = getattr(module, "bias", None) is not None
-    return Correction(
-        scale, target.mean - measured.mean * scale if has_bias else torch.zeros_like(scale)
-    )
+    if getattr(module, "bias", None) is None:
+        return Correction(scale, torch.zeros_like(scale))
+    return Correction(scale, target.mean - measured.mean * scale)
 
 
 def _corrected_output(
     module: nn.Module, output: torch.Tensor, correction: Correction
 ) -> torch.Tensor:
-    shape = [1] * output.ndim
-    shape[_unit_axis(module, output)] = -1
-    scale, shift = (part.to(output).view(shape) for part in correction)
+    after = [1] * (output.ndim - 1 - _unit_axis(module, output))
+    scale, shift = (part.to(output).view(-1, *after) for part in correction)
     return output * scale + shift
 
 
@@ -262,15 +221,10 @@ def _hooked(
     action: Callable[[str, nn.Module, torch.Tensor], torch.Tensor | None],
 ) -> Iterator[None]:
     """Do something with the output of every named module, without gradients."""
-    handles = [
-        network.get_submodule(name).register_forward_hook(
-            lambda module, _, output, name=name: action(name, module, output)
-        )
-        for name in layers
-    ]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name in layers:
+            handle = network.get_submodule(name).register_forward_hook(
+                lambda module, _, output, name=name: action(name, module, output)
+            )
+            hooks.callback(handle.remove)
+        yield

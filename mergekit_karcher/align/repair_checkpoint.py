@@ -17,22 +17,14 @@ from mergekit_karcher.errors import KarcherError
 def repair_checkpoint(
     merged: str, parents: Sequence[str], data: Path, out: Path
 ) -> dict[str, Correction]:
-    """Write a merged model whose hidden units have the statistics of its parents'.
+    """Write a merged model whose hidden units have the statistics of its aligned parents'.
 
-    Two whole models are in memory at a time.
+    merged: a Hugging Face model, or a raw stack of linear layers.
+    data: a text, or for a stack a file with one tensor of inputs, see `calibration`.
 
-    Arguments:
-        merged: What was merged: a Hugging Face model, or a raw stack of linear layers.
-        parents: The aligned models that it was merged from.
-        data: A text, or for a stack a file with one tensor of inputs, see `calibration`.
-        out: Where the repaired model is written; must not be there yet.
-
-    Returns:
-        The correction of each layer that was changed, by the name of its module.
-
-    Raises:
-        KarcherError: If out is there already or has another ending, or if the model or the data
-            is of a kind that cannot be used.
+    Two whole models are in memory at a time. Returns the correction of each layer that was changed.
+    Raises `KarcherError` if out is there already or has another ending than merged, or if the
+    model or the data is of a kind that cannot be used.
     """
     if out.exists():
         raise KarcherError(f"{out} exists: name a place that does not.")
@@ -62,11 +54,10 @@ def _unit_axes(checkpoint: Checkpoint) -> dict[str, int]:
     """The layers whose outputs are pre-activations, and the axis of the weight that counts them."""
     specification = specification_for(checkpoint.config, checkpoint.shapes, residual=False)
     return {
-        feed.removesuffix(".weight"): move.axis
+        move.tensor.removesuffix(".weight"): move.axis
         for symmetry in specification.symmetries
         for move in symmetry.moves
-        for feed in symmetry.feeds
-        if move.tensor == feed and move.block == 1
+        if move.tensor in symmetry.feeds and move.block == 1
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +16,10 @@ from mergekit_karcher.align import specification_file
 from mergekit_karcher.align.alignment import Alignment
 from mergekit_karcher.align.checkpoint import Checkpoint
 from mergekit_karcher.align.families import specification_for
-from mergekit_karcher.align.joint import (
-    align_jointly,
-    mean_between,
-    products_between,
-    spread_of,
-)
+from mergekit_karcher.align.joint import align_jointly, mean_between, products_between, spread_of
 from mergekit_karcher.align.match import align_to_reference
 from mergekit_karcher.align.orders import Orders, Reader, arranged
-from mergekit_karcher.align.pad import Padding, padded, padded_specification, paddings
+from mergekit_karcher.align.pad import padded, widened
 from mergekit_karcher.align.symmetry import Specification
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.sphere.pairwise import geometry_of_gram
@@ -37,10 +32,9 @@ class Choices:
 
     reference: the reference of the model that all others are matched to; None to match jointly.
     spec: a file with a specification of the symmetries; None for that of a known family.
-    residual: whether the residual stream is permuted as well.
     pad: whether narrower MLPs are filled up with units of zeros.
     alignment: an alignment.json whose orders are applied, so that nothing is matched.
-    starts, seed: see `match.align_to_reference` and `joint.align_jointly`.
+    starts, seed: see `match.nearest_orders` and `joint.align_jointly`.
     """
 
     reference: str | None = None
@@ -63,41 +57,38 @@ class Geometry(NamedTuple):
 class AlignedModel:
     """A model with its orders.
 
-    checkpoint: where it is read from.
-    specification: its symmetries, at its own widths.
-    padding: the units of zeros that it gets.
+    narrow, wide: its symmetries as it is, and with the units of zeros that it gets.
     orders: of its tensors, once they are padded.
     """
 
     checkpoint: Checkpoint
-    specification: Specification
-    padding: Padding
+    narrow: Specification
+    wide: Specification
     orders: Orders
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether it gets units of zeros."""
+        return self.wide is not self.narrow
 
     @property
     def changed(self) -> bool:
         """Whether it is permuted or padded."""
-        return bool(self.orders or self.padding.added)
+        return bool(self.orders) or self.is_padded
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, padded and in its order."""
         return self.arranged(self.checkpoint.read, name)
 
     def arranged(self, read: Reader, name: str) -> torch.Tensor:
-        """A tensor of the shape of this model's, padded and put into the order of the model.
-
-        Arguments:
-            read: Reads the tensors of the model, or a metric of it.
-            name: Of the tensor.
-        """
-        return arranged(padded(read, self.specification, self.padding)(name), name, self.orders)
+        """A tensor of the model, or of a metric of it, padded and in the order of the model's."""
+        return arranged(padded(read, self.narrow, self.wide)(name), name, self.orders)
 
 
 @dataclass(frozen=True, eq=False)
 class Aligned:
     """Models with the orders that were found for them.
 
-    models: in the order in which they were given.
     specification: the symmetries of all, at their common widths.
     alignment: the orders of all, to be written.
     counts: whole numbers that differ between the models, such as the batches that a batch norm has
@@ -137,42 +128,27 @@ class Aligned:
 def align(
     checkpoints: Sequence[Checkpoint], choices: Choices, advance: Callable[[str], None]
 ) -> Aligned:
-    """Find the orders that bring models of one architecture nearest to each other.
+    """Find the orders that bring models of one architecture nearest to each other; write nothing.
 
-    Arguments:
-        checkpoints: The models, at least one, each of another name.
-        choices: How to align them.
-        advance: Called with the name of what is done next.
-
-    Returns:
-        The models with their orders; nothing is written.
-
-    Raises:
-        KarcherError: If the models cannot be aligned with each other, or a choice does not fit
-            them.
+    checkpoints: each of another name. advance: called with the name of what is done next.
+    Raises `KarcherError` if the models do not fit each other, or a choice does not fit them.
     """
     names = [checkpoint.name for checkpoint in checkpoints]
     specifications = [_specification_of(checkpoint, choices) for checkpoint in checkpoints]
-    padding = paddings(specifications, names, choices.pad)
-    specification = padded_specification(specifications[0], padding[0])
-    _refuse_quantised(checkpoints, specification)
+    wide = widened(specifications, names, choices.pad)
+    _refuse_quantised(checkpoints, wide[0])
     unordered = [
-        AlignedModel(*parts, {}) for parts in zip(checkpoints, specifications, padding, strict=True)
+        AlignedModel(*parts, {}) for parts in zip(checkpoints, specifications, wide, strict=True)
     ]
-    alignment = _alignment(unordered, specification, choices, advance)
+    alignment = _alignment(unordered, choices, advance)
     models = [
-        AlignedModel(
-            model.checkpoint,
-            model.specification,
-            model.padding,
-            alignment.orders_of(model.checkpoint.name, model.padding.shapes),
-        )
+        replace(model, orders=alignment.orders_of(model.checkpoint.name, model.wide.shapes))
         for model in unordered
     ]
     advance("distances")
     before = _geometry_of(unordered)
     after = _geometry_of(models) if any(model.orders for model in models) else before
-    return Aligned(models, specification, alignment, _common_counts(checkpoints), before, after)
+    return Aligned(models, wide[0], alignment, _common_counts(checkpoints), before, after)
 
 
 def _specification_of(checkpoint: Checkpoint, choices: Choices) -> Specification:
@@ -198,29 +174,21 @@ def _refuse_quantised(checkpoints: Sequence[Checkpoint], specification: Specific
 
 
 def _alignment(
-    models: Sequence[AlignedModel],
-    specification: Specification,
-    choices: Choices,
-    advance: Callable[[str], None],
+    models: Sequence[AlignedModel], choices: Choices, advance: Callable[[str], None]
 ) -> Alignment:
     """The alignment that was chosen, or else one that is found by matching."""
+    specification = models[0].wide
     if choices.alignment is not None:
-        known = alignments.read(choices.alignment)
-        known.check(specification)
-        return known
+        return alignments.read(choices.alignment, specification)
     names = [model.checkpoint.name for model in models]
-    references = [model.checkpoint.reference for model in models]
     readers = [model.read for model in models]
+    how = (readers, choices.starts, choices.seed, advance)
     if choices.reference is None:
-        reference = None
-        orders = align_jointly(specification, readers, choices.starts, choices.seed, advance)
-    else:
-        index = references.index(choices.reference)
-        reference = names[index]
-        orders = align_to_reference(
-            specification, index, readers, choices.starts, choices.seed, advance
-        )
-    return alignments.alignment_of(specification, reference, names, orders)
+        orders = align_jointly(specification, *how)
+        return alignments.alignment_of(specification, None, names, orders)
+    index = [model.checkpoint.reference for model in models].index(choices.reference)
+    orders = align_to_reference(specification, index, *how)
+    return alignments.alignment_of(specification, names[index], names, orders)
 
 
 def _geometry_of(models: Sequence[AlignedModel]) -> Geometry:
@@ -228,8 +196,8 @@ def _geometry_of(models: Sequence[AlignedModel]) -> Geometry:
     first = models[0]
     names = [
         name
-        for name, shape in first.padding.shapes.items()
-        if all(model.padding.shapes.get(name) == shape for model in models)
+        for name, shape in first.wide.shapes.items()
+        if all(model.wide.shapes.get(name) == shape for model in models)
         and first.checkpoint.dtypes[name].is_floating_point
     ]
     products = products_between(names, [model.read for model in models], [{} for _ in models])
@@ -241,15 +209,12 @@ def _geometry_of(models: Sequence[AlignedModel]) -> Geometry:
 def _common_counts(checkpoints: Sequence[Checkpoint]) -> dict[str, torch.Tensor]:
     """Single whole numbers that differ between models, as the first model has them."""
     first, *others = checkpoints
-    names = [
-        name
-        for name, dtype in first.dtypes.items()
-        if not dtype.is_floating_point and math.prod(first.shapes[name]) == 1
-    ]
     return {
         name: first.read(name)
-        for name in names
-        if any(
+        for name, dtype in first.dtypes.items()
+        if not dtype.is_floating_point
+        and math.prod(first.shapes[name]) == 1
+        and any(
             other.shapes.get(name) == first.shapes[name]
             and not torch.equal(other.read(name), first.read(name))
             for other in others

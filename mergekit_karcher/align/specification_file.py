@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mergekit_karcher.align.symmetry import (
-    InnerMove,
-    Inside,
-    Move,
-    Shapes,
-    Specification,
-    Symmetry,
-)
+from mergekit_karcher.align.symmetry import InnerMove, Inside, Move, Shapes, Specification, Symmetry
 from mergekit_karcher.errors import KarcherError
 
 
 def read(path: Path, shapes: Shapes) -> Specification:
-    """Read a specification from a file.
-
-    Arguments:
-        path: In YAML, see `from_document`.
-        shapes: Of the tensors of the model that it is for.
-
-    Raises:
-        KarcherError: If the file is not valid YAML, or does not fit the model.
-    """
+    """Read the specification of a model with those shapes; raises `KarcherError` if it is none."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -38,20 +23,15 @@ def read(path: Path, shapes: Shapes) -> Specification:
 
 
 def from_document(document: Any, shapes: Shapes) -> Specification:
-    """The specification that a document describes.
+    """The specification that a mapping describes; raises `KarcherError` if it does not fit.
 
-    Arguments:
-        document: A mapping. symmetries: a list of {name, size, moves, inside, feeds, layers};
-            moves of {tensor, axis, offset, block}, those of inside of {move, offset, block}. With
-            layers: N a symmetry stands for N symmetries, with the numbers from 0 on in the place
-            of {layer} in its names. fixed: a list of {tensor, axis}, tensors as shell patterns.
-        shapes: Of the tensors of the model that it is for.
-
-    Raises:
-        KarcherError: If the document has another form, or does not fit the model.
+    symmetries: a list of {name, size, moves, inside, feeds, layers}; moves of {tensor, axis,
+        offset, block}, those of inside of {move, offset, block}. With layers: N a symmetry stands
+        for N symmetries, with the numbers from 0 on in the place of {layer} in its names.
+    fixed: a list of {tensor, axis}, tensors as shell patterns.
     """
     try:
-        symmetries = tuple(_symmetries(document["symmetries"]))
+        symmetries = tuple(s for entry in document["symmetries"] for s in _symmetries(entry))
         fixed = tuple((str(f["tensor"]), int(f["axis"])) for f in document.get("fixed", ()))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise KarcherError(
@@ -61,32 +41,25 @@ def from_document(document: Any, shapes: Shapes) -> Specification:
     return Specification("specification", shapes, symmetries, fixed)
 
 
-def _symmetries(entries: Iterable[Mapping[str, Any]]) -> Iterator[Symmetry]:
-    for entry in entries:
-        _check_keys(entry, ("name", "size", "moves", "inside", "feeds", "layers"))
-        if "layers" not in entry:
-            yield _symmetry(entry, None)
-        else:
-            yield from (_symmetry(entry, layer) for layer in range(int(entry["layers"])))
+def _symmetries(entry: Mapping[str, Any]) -> Iterator[Symmetry]:
+    _check_keys(entry, ("name", "size", "moves", "inside", "feeds", "layers"))
+    layers: Sequence[int | None] = range(int(entry["layers"])) if "layers" in entry else (None,)
+    for layer in layers:
 
+        def named(text: Any, layer: int | None = layer) -> str:
+            return str(text) if layer is None else str(text).replace("{layer}", str(layer))
 
-def _symmetry(entry: Mapping[str, Any], layer: int | None) -> Symmetry:
-    """One symmetry, with the number of a layer in its names."""
-
-    def named(text: Any) -> str:
-        return str(text) if layer is None else str(text).replace("{layer}", str(layer))
-
-    return Symmetry(
-        named(entry["name"]),
-        int(entry["size"]),
-        tuple(_move(move, named(move["tensor"])) for move in entry["moves"]),
-        tuple(map(_inside, entry.get("inside", ()))),
-        feeds=tuple(map(named, entry.get("feeds", ()))),
-    )
+        yield Symmetry(
+            named(entry["name"]),
+            int(entry["size"]),
+            tuple(_move(move, named(move["tensor"])) for move in entry["moves"]),
+            tuple(map(_inside, entry.get("inside", ()))),
+            feeds=tuple(map(named, entry.get("feeds", ()))),
+        )
 
 
 def _move(move: Mapping[str, Any], tensor: str) -> Move:
-    _check_keys(move, ("tensor", "axis", "offset", "block"))
+    _check_keys(move, Move._fields)
     return Move(tensor, int(move["axis"]), int(move.get("offset", 0)), int(move.get("block", 1)))
 
 
@@ -96,7 +69,7 @@ def _inside(entry: Mapping[str, Any]) -> Inside:
 
 
 def _inner_move(move: Mapping[str, Any]) -> InnerMove:
-    _check_keys(move, ("move", "offset", "block"))
+    _check_keys(move, InnerMove._fields)
     return InnerMove(int(move["move"]), int(move.get("offset", 0)), int(move.get("block", 1)))
 
 

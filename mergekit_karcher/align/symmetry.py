@@ -1,13 +1,13 @@
 """What may be permuted in a network without changing what it computes, as data.
 
 A symmetry has `size` units (neurons, heads) that may stand in any order, as long as every tensor
-that has them follows: each of its moves is that many blocks, one after the other, along one axis
-of one tensor. A unit may have symmetries inside of it, too (the dimensions of a head).
+that has them follows. A unit may have symmetries inside of it, too (the dimensions of a head).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -15,6 +15,8 @@ from typing import NamedTuple
 from mergekit_karcher.errors import KarcherError
 
 Shapes = Mapping[str, tuple[int, ...]]
+# For each (tensor, axis) the parts that are moved: start, end, and the symmetry that moves them.
+_Moved = dict[tuple[str, int], list[tuple[int, int, str]]]
 
 
 class Move(NamedTuple):
@@ -81,9 +83,11 @@ class Specification:
     width_key: str | None = None
 
     def __post_init__(self) -> None:
-        moved: dict[tuple[str, int], list[_Run]] = {}
+        moved: _Moved = {}
         for symmetry in self.symmetries:
-            _check_symmetry(symmetry, self.shapes, moved)
+            _check_moves(symmetry, self.shapes, moved)
+            for inside in symmetry.inside:
+                _check_inside(symmetry, inside)
         _check_every_axis_is_known(self, moved)
 
     def tensors(self) -> set[str]:
@@ -91,136 +95,116 @@ class Specification:
         return {move.tensor for symmetry in self.symmetries for move in symmetry.moves}
 
 
-def present(symmetry: Symmetry, shapes: Shapes) -> Symmetry:
-    """A symmetry without moves of tensors that the network lacks, such as biases.
-
-    Arguments:
-        symmetry: Of a network with all tensors that its family may have.
-        shapes: The tensors that the network has.
-
-    Returns:
-        A new symmetry, without those inside of its units that have no tensor or a single unit.
-    """
-    kept = [index for index, move in enumerate(symmetry.moves) if move.tensor in shapes]
-    place = {index: new for new, index in enumerate(kept)}
-    inside = tuple(
-        replace(
-            inner,
-            moves=tuple(m._replace(move=place[m.move]) for m in inner.moves if m.move in place),
-        )
-        for inner in symmetry.inside
-    )
-    moves = tuple(symmetry.moves[index] for index in kept)
-    return replace(symmetry, moves=moves, inside=tuple(i for i in inside if i.moves and i.size > 1))
+def moves_of_outputs(start: str, *layers: str, block: int = 1) -> list[Move]:
+    """What permuting the outputs of layers moves: the first axis of their weights and biases."""
+    names = [f"{start}{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+    return [Move(name, 0, 0, block) for name in names]
 
 
-def with_known_fixed(
+def moves_of_inputs(start: str, *layers: str) -> list[Move]:
+    """What permuting the inputs of layers moves: the second axis of their weights."""
+    return [Move(f"{start}{layer}.weight", 1) for layer in layers]
+
+
+def family_specification(
     family: str,
     shapes: Shapes,
-    symmetries: Sequence[Symmetry],
-    is_known: Callable[[str], bool],
+    symmetries: Iterable[Symmetry],
+    known: str,
+    residual: bool,
     width_key: str,
 ) -> Specification:
-    """A specification that fixes every axis of known tensors that no symmetry moves.
+    """The specification of a model of a family.
 
-    Arguments:
-        family: The name of the family.
-        shapes: Of all tensors.
-        symmetries: What may be permuted.
-        is_known: Whether a tensor of that name belongs to the family; others stop the alignment.
-        width_key: See `Specification`.
-
-    Raises:
-        KarcherError: If the specification is not sound, see `Specification`.
+    symmetries: those of a model with all tensors that the family may have, such as biases.
+    known: matches the names of the family's tensors; their axes that nothing moves are fixed, and
+        any other tensor raises `KarcherError`.
     """
-    moved = {(move.tensor, move.axis) for symmetry in symmetries for move in symmetry.moves}
+    present = tuple(_present(symmetry, shapes) for symmetry in symmetries)
+    moved = {(move.tensor, move.axis) for symmetry in present for move in symmetry.moves}
     fixed = tuple(
         (name, axis)
         for name, shape in shapes.items()
+        # Cross-attention reads another network, whose residual stream is not permuted.
+        if re.fullmatch(known, name) and not (residual and "cross" in name)
         for axis in range(len(shape))
-        if (name, axis) not in moved and is_known(name)
+        if (name, axis) not in moved
     )
-    return Specification(family, shapes, tuple(symmetries), fixed, width_key)
+    return Specification(family, shapes, present, fixed, width_key)
 
 
-class _Run(NamedTuple):
-    """Places start to end - 1 of an axis, which the symmetry of that name moves."""
+def _present(symmetry: Symmetry, shapes: Shapes) -> Symmetry:
+    """A symmetry without tensors that the network lacks, and without what is single inside."""
+    kept = [index for index, move in enumerate(symmetry.moves) if move.tensor in shapes]
+    place = {index: new for new, index in enumerate(kept)}
+    inside = (
+        replace(i, moves=tuple(m._replace(move=place[m.move]) for m in i.moves if m.move in place))
+        for i in symmetry.inside
+        if i.size > 1
+    )
+    moves = tuple(symmetry.moves[index] for index in kept)
+    return replace(symmetry, moves=moves, inside=tuple(i for i in inside if i.moves))
 
-    start: int
-    end: int
-    name: str
 
-
-def _check_symmetry(
-    symmetry: Symmetry, shapes: Shapes, moved: dict[tuple[str, int], list[_Run]]
-) -> None:
-    """Check one symmetry, and add the runs that it moves to those of the others."""
-    if symmetry.size < 1:
-        raise KarcherError(f"Symmetry {symmetry.name} has {symmetry.size} units.")
-    for move in symmetry.moves:
-        shape = shapes.get(move.tensor)
+def _check_moves(symmetry: Symmetry, shapes: Shapes, moved: _Moved) -> None:
+    """Check the moves of a symmetry, and add them to those of the others."""
+    name, size = symmetry.name, symmetry.size
+    if size < 1:
+        raise KarcherError(f"Symmetry {name} has {size} units.")
+    for tensor, axis, offset, block in symmetry.moves:
+        shape = shapes.get(tensor)
         if shape is None:
+            raise KarcherError(f"Symmetry {name} moves {tensor}, which the models do not have.")
+        if not 0 <= axis < len(shape):
             raise KarcherError(
-                f"Symmetry {symmetry.name} moves {move.tensor}, which the models do not have."
+                f"Symmetry {name} moves axis {axis} of {tensor}, whose shape is {tuple(shape)}."
             )
-        if not 0 <= move.axis < len(shape):
+        end = offset + size * block
+        if offset < 0 or block < 1 or end > shape[axis]:
             raise KarcherError(
-                f"Symmetry {symmetry.name} moves axis {move.axis} of {move.tensor}, whose "
-                f"shape is {tuple(shape)}."
+                f"Symmetry {name} takes {size} blocks of {block} from {offset} on axis {axis} of "
+                f"{tensor}, which has {shape[axis]}: the sizes do not agree."
             )
-        end = move.offset + symmetry.size * move.block
-        if move.offset < 0 or move.block < 1 or end > shape[move.axis]:
-            raise KarcherError(
-                f"Symmetry {symmetry.name} takes {symmetry.size} blocks of {move.block} from "
-                f"{move.offset} on axis {move.axis} of {move.tensor}, which has "
-                f"{shape[move.axis]}: the sizes do not agree."
-            )
-        runs = moved.setdefault((move.tensor, move.axis), [])
-        for run in runs:
-            if run.start < end and move.offset < run.end:
+        parts = moved.setdefault((tensor, axis), [])
+        for start, stop, other in parts:
+            if start < end and offset < stop:
                 raise KarcherError(
-                    f"Symmetries {run.name} and {symmetry.name} both move the same part of axis "
-                    f"{move.axis} of {move.tensor}."
+                    f"Symmetries {other} and {name} both move the same part of axis {axis} of "
+                    f"{tensor}."
                 )
-        runs.append(_Run(move.offset, end, symmetry.name))
-    for inside in symmetry.inside:
-        _check_inside(symmetry, inside)
+        parts.append((offset, end, name))
 
 
 def _check_inside(symmetry: Symmetry, inside: Inside) -> None:
-    moved: dict[int, list[_Run]] = {}
-    for move in inside.moves:
-        if not 0 <= move.move < len(symmetry.moves):
+    name, size = inside.name, inside.size
+    moved: dict[int, list[tuple[int, int]]] = {}
+    for index, offset, block in inside.moves:
+        if not 0 <= index < len(symmetry.moves):
             raise KarcherError(
-                f"{inside.name} inside of {symmetry.name} refers to move {move.move}, which that "
-                "does not have."
+                f"{name} inside of {symmetry.name} refers to move {index}, which that does not "
+                "have."
             )
-        block = symmetry.moves[move.move].block
-        end = move.offset + inside.size * move.block
-        runs = moved.setdefault(move.move, [])
-        if move.offset < 0 or move.block < 1 or end > block:
+        outer = symmetry.moves[index].block
+        end = offset + size * block
+        if offset < 0 or block < 1 or end > outer:
             raise KarcherError(
-                f"{inside.name} takes {inside.size} blocks of {move.block} from {move.offset} "
-                f"inside blocks of {block} of {symmetry.name}: the sizes do not agree."
+                f"{name} takes {size} blocks of {block} from {offset} inside blocks of {outer} of "
+                f"{symmetry.name}: the sizes do not agree."
             )
-        if any(run.start < end and move.offset < run.end for run in runs):
+        parts = moved.setdefault(index, [])
+        if any(start < end and offset < stop for start, stop in parts):
             raise KarcherError(
-                f"{inside.name} inside of {symmetry.name} moves the same part of a block twice."
+                f"{name} inside of {symmetry.name} moves the same part of a block twice."
             )
-        runs.append(_Run(move.offset, end, inside.name))
+        parts.append((offset, end))
 
 
-def _check_every_axis_is_known(
-    specification: Specification, moved: Mapping[tuple[str, int], Sequence[_Run]]
-) -> None:
+def _check_every_axis_is_known(specification: Specification, moved: _Moved) -> None:
     for name, shape in specification.shapes.items():
+        fixed = {axis for pattern, axis in specification.fixed if fnmatchcase(name, pattern)}
         for axis, length in enumerate(shape):
-            fixed = any(
-                axis == fixed_axis and fnmatchcase(name, pattern)
-                for pattern, fixed_axis in specification.fixed
-            )
-            count = sum(run.end - run.start for run in moved.get((name, axis), ()))
-            if count < length and not fixed:
+            count = sum(end - start for start, end, _ in moved.get((name, axis), ()))
+            if count < length and axis not in fixed:
                 part = f"{length - count} of {length} places on " if count else ""
                 raise KarcherError(
                     f"Nothing is known of {part}axis {axis} of {name}: let a symmetry move it, or "
@@ -228,20 +212,14 @@ def _check_every_axis_is_known(
                 )
 
 
-def layers_of(shapes: Shapes, template: str) -> list[int]:
-    """The numbers of the layers that have a tensor of a certain name, in ascending order.
+def layers_of(shapes: Shapes, start: str, end: str) -> list[str]:
+    """What the names of each layer's tensors begin with, by ascending numbers: start, number, dot.
 
-    Arguments:
-        shapes: The tensors of a model.
-        template: The name, with {layer} in the place of the number.
+    Only layers that have a tensor whose name goes on with end.
     """
-    start, _, end = template.partition("{layer}")
-    numbers = [
-        name[len(start) : len(name) - len(end)]
-        for name in shapes
-        if name.startswith(start) and name.endswith(end)
-    ]
-    return sorted(int(text) for text in numbers if text.isdigit())
+    names = (name for name in shapes if name.startswith(start) and name.endswith(f".{end}"))
+    numbers = (name[len(start) : -len(end) - 1] for name in names)
+    return [f"{start}{n}." for n in sorted(int(text) for text in numbers if text.isdigit())]
 
 
 def components_of(symmetries: Sequence[Symmetry]) -> list[list[Symmetry]]:
@@ -250,9 +228,7 @@ def components_of(symmetries: Sequence[Symmetry]) -> list[list[Symmetry]]:
     for symmetry in symmetries:
         names = {move.tensor for move in symmetry.moves}
         touching = [group for group in groups if group[0] & names]
-        merged = (
-            names.union(*(group[0] for group in touching)),
-            [*(s for group in touching for s in group[1]), symmetry],
-        )
-        groups = [group for group in groups if group not in touching] + [merged]
+        merged = [*(s for _, group in touching for s in group), symmetry]
+        groups = [group for group in groups if group not in touching]
+        groups.append((names.union(*(touched for touched, _ in touching)), merged))
     return [group for _, group in groups]

@@ -88,7 +88,13 @@ def main(
         raise click.UsageError("Give either models or --config.")
     document = None if config is None else read_config(config)
     references = list(models) if document is None else [*dict.fromkeys(named_in(document))]
-    _check_usage(references, choices)
+    if len(references) < 2:
+        raise click.UsageError("Give at least two models.")
+    places = {os.path.realpath(r) if os.path.exists(r) else r for r in references}
+    if len(places) < len(references):
+        raise click.UsageError("Give each model once.")
+    if choices["spec"] is not None and choices["pad"]:
+        raise click.UsageError("--pad needs to know more of a network than --spec says.")
     checkpoints = [
         Checkpoint(model, name, transformers_cache)
         for model, name in zip(references, _folder_names(references), strict=True)
@@ -101,16 +107,6 @@ def main(
         output.write(aligned, out, document, transformers_cache)
     if not quiet:
         _show(aligned, out, dry_run)
-
-
-def _check_usage(references: Sequence[str], choices: dict[str, Any]) -> None:
-    if len(references) < 2:
-        raise click.UsageError("Give at least two models.")
-    places = [os.path.realpath(r) if os.path.exists(r) else r for r in references]
-    if len(set(places)) < len(places):
-        raise click.UsageError("Give each model once.")
-    if choices["spec"] is not None and choices["pad"]:
-        raise click.UsageError("--pad needs to know more of a network than --spec says.")
 
 
 def _chosen_reference(
@@ -129,19 +125,15 @@ def _chosen_reference(
 def _folder_names(references: Sequence[str]) -> list[str]:
     short = short_names(references, is_local)
     names = [re.sub(r"[/\\@]", "--", short[reference]) for reference in references]
-    stems = [
-        name.removesuffix(Path(reference).suffix) if Path(reference).is_file() else name
-        for name, reference in zip(names, references, strict=True)
-    ]
+    suffixes = [Path(r).suffix if Path(r).is_file() else "" for r in references]
+    stems = [name.removesuffix(end) for name, end in zip(names, suffixes, strict=True)]
     # The same name with two endings would be one name.
     return stems if len(set(stems)) == len(stems) else names
 
 
 def _align(checkpoints: Sequence[Checkpoint], choices: Choices, quiet: bool) -> Aligned:
-    """Align with a progress bar."""
-    with tqdm(
-        desc="Aligning", disable=quiet, bar_format="{desc}: {n_fmt} done, {elapsed}{postfix}"
-    ) as bar:
+    form = "{desc}: {n_fmt} done, {elapsed}{postfix}"
+    with tqdm(desc="Aligning", disable=quiet, bar_format=form) as bar:
 
         def advance(what: str) -> None:
             bar.set_postfix_str(what)
@@ -182,8 +174,8 @@ def _table_of_moves(aligned: Aligned) -> Table:
     for kind, symmetries in kinds.items():
         moved = [shares[symmetry.name] for symmetry in symmetries]
         sizes = sorted({symmetry.size for symmetry in symmetries})
-        size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-        table.add_row(kind, str(len(symmetries)), size, f"{100 * sum(moved) / len(moved):.3g}")
+        units = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        table.add_row(kind, str(len(symmetries)), units, f"{100 * sum(moved) / len(moved):.3g}")
     return table
 
 
