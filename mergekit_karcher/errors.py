@@ -15,6 +15,10 @@ class KarcherError(click.ClickException, RuntimeError):
     """
 
 
+class NotFiniteError(KarcherError):
+    """A value of an input is NaN or infinite."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, as far as it fits in a sentence."""
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):

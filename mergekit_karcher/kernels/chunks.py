@@ -32,18 +32,10 @@ def rows_of(piece: Piece) -> slice:
 def walk(
     tensors: Sequence[torch.Tensor], limit: int, *, by_row: bool = False
 ) -> tuple[list[torch.Tensor], list[Piece]]:
-    """Cut tensors of one shape into pieces.
+    """Views of tensors of one shape, and the pieces of at most limit elements that cover each once.
 
-    Contiguous tensors are walked flat, or with by_row as matrices that keep the first axis; as soon
-    as one is strided, all keep their shape, because flattening that one would copy it.
-
-    Arguments:
-        tensors: N >= 1 of one shape, any dtypes and strides. Borrowed.
-        limit: The most elements a piece has.
-        by_row: Whether the first axis is kept; it then takes tensors of two axes or more.
-
-    Returns:
-        Views of the tensors, and the pieces, which cover every element of a view once.
+    Contiguous tensors are walked flat, or with by_row as matrices that keep the first of two or
+    more axes; as soon as one is strided, all keep their shape: flattening that one would copy it.
     """
     views = [tensor.detach() for tensor in tensors]
     if all(view.is_contiguous() for view in views):

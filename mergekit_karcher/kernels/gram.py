@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,29 +44,19 @@ def grams(
     by_row: bool = False,
     exact: bool = False,
 ) -> tuple[NDArray[np.longdouble], NDArray[np.int64]]:
-    """The inner products of N tensors, or of their differences from a base.
+    """G (R, N, N) and exponents e (R, N), with <W_ri, W_rj> = G_rij 2^(e_ri + e_rj), on the host.
 
-    Products of float16, bfloat16 and float32 values are exact in float64, so only their sum rounds:
-    to a few units of float64 for float32, to less for 16-bit values, which leave spare bits. The
-    roots of a metric round once, whatever exact says.
-    Scratch: for each thread CHUNK_ELEMENTS float64 values and 2 R N N, whatever N and the size are.
-    One transfer to the host, at the end.
+    W are N tensors of one shape and device, any floating dtypes and strides, or their differences
+    from a base, which with_base adds as the last vector. In a metric inner products are
+    sum_e G_e x_e y_e. R is 1, or with by_row the length of the first axis. Scaling by 2^-e keeps
+    the squares of float64 inputs representable; without them and a metric e is 0. A value that is
+    not finite makes its vector's diagonal entry NaN or infinite.
 
-    Arguments:
-        tensors: N >= 1 of one shape and device, any floating dtypes and strides. Borrowed.
-        base: One more of them. W_i is then tensor i minus the base, rounded to float64 and
-            subtracted a chunk at a time. Borrowed.
-        with_base: Add the base itself as one more vector, the last.
-        metric: Inner products are <x, y>_G = sum_e G_e x_e y_e: chunks are scaled by sqrt(G).
-        by_row: One matrix for each index of the first axis, instead of one of the whole tensors.
-        exact: Split float32 and float64 values and differences into a leading part, whose products
-            sum exactly, and a small rest: for about twice the time G is then better than float64.
-
-    Returns:
-        G (R, N, N) and exponents e (R, N), on the host, with <W_ri, W_rj> = G_rij 2^(e_ri + e_rj);
-        R is 1 without by_row. float64 inputs are scaled by 2^-e, which keeps their squares
-        representable; without them and a metric e is 0. A value that is not finite makes its
-        tensor's diagonal entry NaN or infinite.
+    Products of 16-bit and float32 values are exact in float64, so only their sum rounds, to a few
+    units of float64 or less. exact splits float32 and float64 values and differences into a leading
+    part, whose products sum exactly, and a small rest: for about twice the time G is then better
+    than float64, but that the roots of a metric round once. Scratch: for each thread CHUNK_ELEMENTS
+    float64 values and 2 R N N. One transfer to the host, at the end.
     """
     read = [*tensors, *(() if base is None else (base,))]
     count = len(read) if with_base else len(tensors)
@@ -101,30 +90,20 @@ def _sums(
     split = exact and (based or any(tensor.dtype in _WIDE for tensor in read))
     scaled = any(tensor.dtype == torch.float64 for tensor in read)
     scales = torch.ldexp(torch.ones_like(exponents), -exponents) if scaled else None
-    layout = _layout(read[0].numel(), len(read) * (1 + split) + (metric is not None))
+    size, room = read[0].numel(), CHUNK_ELEMENTS // (len(read) * (1 + split) + (metric is not None))
+    summed = min(_SUM_ELEMENTS, size, max(1, room))
+    limit = min(max(1, room // summed), math.ceil(size / summed)) * summed  # in whole sums
     # Rows are padded to whole sums, by less than one element a sum.
-    padded = layout.limit + (layout.limit // layout.summed + 1 if by_row else 0)
-    kernel = _InnerProducts(len(read), count, layout.summed, scales, metric, based, split, by_row)
+    padded = limit + (limit // summed + 1 if by_row else 0)
+    kernel = _InnerProducts(len(read), count, summed, scales, metric, based, split, by_row)
     return stream(
         kernel.add_piece,
         [*read, *(() if metric is None else metric.tensors)],
-        layout.limit,
+        limit,
         scratch=[(1 + split, len(read) * padded), (0 if metric is None else padded,)],
         sums=(2, rows, count, count),
         by_row=by_row,
     )
-
-
-class _Layout(NamedTuple):
-    summed: int  # elements that one matrix product sums
-    limit: int  # elements a piece of one tensor: as many whole sums as there is room for
-
-
-def _layout(size: int, buffers: int) -> _Layout:
-    """For tensors of that size, and as many buffers in the scratch of a thread."""
-    room = CHUNK_ELEMENTS // buffers
-    summed = min(_SUM_ELEMENTS, size, max(1, room))
-    return _Layout(summed, min(max(1, room // summed), math.ceil(size / summed)) * summed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +112,7 @@ class _InnerProducts:
 
     held: int  # how many tensors are read, the base last
     count: int  # how many vectors there are: the first of them, or all
-    summed: int
+    summed: int  # the most elements that one matrix product sums
     scales: torch.Tensor | None  # (R, count)
     metric: SharedMetric | None
     based: bool
@@ -148,10 +127,8 @@ class _InnerProducts:
         # Sums of equal length, so that what pads the last one of a row is short.
         times = math.ceil(width / self.summed)
         used = times * (math.ceil(width / times) if self.by_row else self.summed)
-        x, h = (
-            buffer[: self.held * height * used].view(self.held, height, used)
-            for buffer in (scratch[0][0], scratch[0][-1])
-        )
+        size = (self.held, height, used)
+        x, h = (scratch[0][place][: math.prod(size)].view(size) for place in (0, -1))
         x[:, :, width:].zero_()
         self._fill(x, width, rows, parts, scratch[1])
         x, h = x[: self.count], h[: self.count]
@@ -221,17 +198,18 @@ def _add_exactly(high: torch.Tensor, low: torch.Tensor, part: torch.Tensor) -> N
 def _exponents(
     tensors: Sequence[torch.Tensor], rows: int, *, based: bool, by_row: bool
 ) -> torch.Tensor:
-    """The powers of two that the tensors are scaled down by, (R, number of tensors), float64.
+    """The exponents that the tensors are scaled down by, (R, number of tensors), float64.
 
-    They are those at or above the largest magnitudes of the rows; 0 where all are 0, and for
+    Of the powers of two at or above the largest magnitudes of the rows; 0 where all are 0, and for
     tensors whose squares float64 holds anyway. Differences from a base have that of the larger.
     """
     device = working_device(tensors[0].device)
     result = torch.zeros(rows, len(tensors), dtype=torch.float64, device=device)
-    wide = [index for index, tensor in enumerate(tensors) if tensor.dtype == torch.float64]
-    if not wide:
+    chosen = [index for index, tensor in enumerate(tensors) if tensor.dtype == torch.float64]
+    if not chosen:
         return result
-    chosen = list(range(len(tensors))) if based else wide
+    if based:
+        chosen = list(range(len(tensors)))
 
     def keep_largest(piece: Piece, parts: Tensors, _: Tensors, peaks: torch.Tensor) -> None:
         here = rows_of(piece) if by_row else slice(0, 1)

@@ -20,21 +20,11 @@ def precision_mean(
     floors: Sequence[float],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """sum_k w_k (G_k + f_k) W_k / sum_k w_k (G_k + f_k), element by element.
+    """sum_k w_k (G_k + f_k) W_k / sum_k w_k (G_k + f_k), element by element, in a new tensor.
 
-    Sums and the quotient run in float64, and are rounded once.
-    Scratch: for each thread 4 CHUNK_ELEMENTS float64 values, whatever N is.
-
-    Arguments:
-        tensors: The W_k, N >= 1 of one shape and device, any floating dtypes and strides. Borrowed.
-        metrics: The G_k, of that shape and device, any floating dtypes and strides; None is one
-            everywhere, without a floor. Borrowed.
-        weights: The w_k.
-        floors: The f_k >= 0. Elements whose denominator is zero get sum_k w_k W_k / sum_k w_k.
-        dtype: That of the result.
-
-    Returns:
-        A new, contiguous tensor.
+    Everything runs in float64 and is rounded once. Elements whose denominator is zero get
+    sum_k w_k W_k / sum_k w_k. Tensors and metrics have one shape and device, any floating dtypes
+    and strides; a metric of None is one everywhere, without a floor.
     """
     first = tensors[0]
     result = torch.empty(first.shape, dtype=dtype, device=first.device)

@@ -9,32 +9,15 @@ import torch
 
 
 class SharedMetric(NamedTuple):
-    """G = 4^exponent (constant + sum_k weights_k G_k), element by element, of one tensor.
+    """G = 4^exponent (constant + sum_k weights_k G_k), element by element, of one tensor."""
 
-    tensors: the G_k, of the tensor's shape and device, any floating dtypes and strides; borrowed.
-    weights: one for each of them. constant: what is added to every element.
-    exponent: keeps the rest of G near one, so that no square of it leaves float64's range.
-    """
-
-    tensors: Sequence[torch.Tensor]
+    tensors: Sequence[torch.Tensor]  # the G_k, any floating dtypes and strides; borrowed
     weights: Sequence[float]
     constant: float
-    exponent: int
-
-    def rows(self, rows: slice) -> SharedMetric:
-        """The metric of some of the tensor's rows, as views."""
-        return self._replace(tensors=[tensor[rows] for tensor in self.tensors])
+    exponent: int  # keeps the rest of G near one, so that no square of it leaves float64's range
 
     def roots(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """Write sqrt(G) / 2^exponent of a piece into out.
-
-        Arguments:
-            parts: That piece of each of the tensors.
-            out: float64, of the shape of the piece.
-
-        Returns:
-            out.
-        """
+        """Write sqrt(G) / 2^exponent of a piece into float64 out; parts: that piece of each G_k."""
         out.fill_(self.constant)
         for part, weight in zip(parts, self.weights, strict=True):
             out.add_(part.to(out.device), alpha=weight)

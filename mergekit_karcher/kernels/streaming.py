@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from mergekit_karcher.kernels.chunks import Piece, walk, working_device
-from mergekit_karcher.kernels.workers import in_stripes, worker_count
+from mergekit_karcher.kernels.workers import run_workers, worker_count
 
 Tensors = list[torch.Tensor]
 
-# Is called with a piece, that piece of every tensor, the scratch of its worker, and the sums that
-# its worker adds to.
+# Is called with a piece, that piece of every tensor as a view, that of the output last, the scratch
+# of its worker, and the sums that its worker adds to.
 Kernel = Callable[[Piece, Tensors, Tensors, torch.Tensor], None]
 
 
@@ -29,36 +29,25 @@ def stream(
 ) -> torch.Tensor:
     """Call a kernel on every piece of some tensors, in as many threads as the device has use for.
 
-    Arguments:
-        kernel: The work on one piece. It gets that piece of each tensor as a view, the piece of
-            out last.
-        tensors: What is read, of one shape and device, any dtypes and strides. Borrowed.
-        limit: The most elements a piece has, of each tensor.
-        out: What the kernel fills, if it fills a tensor, of the same shape and device.
-        scratch: The shapes of the buffers that every worker has to itself. What is in them
-            at first is arbitrary, later what the worker's last piece has left there.
-        scratch_dtype: The dtype of these buffers.
-        sums: The shape of what a worker adds up over its pieces. It starts as zeros.
-        by_row: Whether pieces keep the first axis; see `walk`.
-
-    Returns:
-        The sums of all W workers, (W, *sums), float64, on the working device.
+    The tensors are only read, out is filled; all have one shape and device, any dtypes and strides.
+    scratch: the shapes of the buffers of each worker, which hold what its last piece left there.
+    Returns what each of W workers added to zeros, (W, *sums), float64, on the working device. limit
+    and by_row are those of `walk`.
     """
     device = working_device(tensors[0].device)
     walked = [*tensors, *(() if out is None else (out,))]
     views, pieces = walk(walked, limit, by_row=by_row)
     workers = worker_count(device, len(pieces))
-    buffers = [
-        torch.empty(workers, *shape, dtype=scratch_dtype, device=device) for shape in scratch
-    ]
+    room = [torch.empty(workers, *shape, dtype=scratch_dtype, device=device) for shape in scratch]
     totals = torch.zeros(workers, *sums, dtype=torch.float64, device=device)
 
-    def work(worker: int, stripe: Sequence[Piece]) -> None:
-        room, total = [buffer[worker] for buffer in buffers], totals[worker]
-        for piece in stripe:
-            kernel(piece, [piece.of(view) for view in views], room, total)
+    def work(worker: int) -> None:
+        buffers, total = [buffer[worker] for buffer in room], totals[worker]
+        start, stop = (len(pieces) * index // workers for index in (worker, worker + 1))
+        for piece in pieces[start:stop]:
+            kernel(piece, [piece.of(view) for view in views], buffers, total)
 
-    in_stripes(work, pieces, device, len(tensors) * tensors[0].numel())
+    run_workers(work, workers, device, len(tensors) * tensors[0].numel())
     return totals
 
 

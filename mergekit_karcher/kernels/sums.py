@@ -12,16 +12,9 @@ CHUNK_ELEMENTS = 1 << 16
 
 
 def sum_and_least(tensor: torch.Tensor) -> tuple[float, float]:
-    """The sum of all entries of a tensor, and the least of them and 0.
+    """The sum of all entries in float64, and the least of them and 0; both NaN if any entry is.
 
-    Scratch: at most CHUNK_ELEMENTS values for each thread. One transfer to the host.
-
-    Arguments:
-        tensor: Any floating dtype, shape and strides. Borrowed.
-
-    Returns:
-        The sum, in float64, and the least entry or 0, whichever is less. Both are NaN if any entry
-        is.
+    tensor: any floating dtype, shape and strides; borrowed. One transfer to the host.
     """
 
     def add_piece(_: Piece, parts: Tensors, __: Tensors, result: torch.Tensor) -> None:

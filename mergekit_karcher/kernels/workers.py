@@ -8,16 +8,13 @@ a stripe of their own meet only once, at its end.
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
-
-from mergekit_karcher.kernels.chunks import Piece
 
 # More would not be faster: the passes are bound by memory bandwidth. It also bounds the scratch.
 _MOST_WORKERS = 8
@@ -32,30 +29,17 @@ def worker_count(device: torch.device, pieces: int) -> int:
     return max(1, min(threads, _MOST_WORKERS, pieces))
 
 
-def in_stripes(
-    work: Callable[[int, Sequence[Piece]], None],
-    pieces: Sequence[Piece],
-    device: torch.device,
-    values: int,
-) -> None:
-    """Share the pieces among `worker_count` workers; on the CPU each has a thread.
+def run_workers(work: Callable[[int], None], count: int, device: torch.device, values: int) -> None:
+    """Call work, which records no gradients, with the number of each of count workers, in no order.
 
-    Arguments:
-        work: Is called once for each worker, with its number and its pieces, in no order. The
-            threads share no state but what work brings along, and record no gradients.
-        pieces: All pieces of the pass.
-        device: Where the pass works.
-        values: How many elements the whole pass reads; for few of them, waking a thread costs more
-            than it saves, and the calling thread works through all stripes.
+    On the CPU each has a thread, but where the pass reads few values: waking one would cost more
+    than it saves.
     """
-    count = worker_count(device, len(pieces))
-    edges = [len(pieces) * index // count for index in range(count + 1)]
-    stripes = [pieces[start:stop] for start, stop in itertools.pairwise(edges)]
     inference = torch.is_inference_mode_enabled()
 
     def run(index: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            work(index, stripes[index])
+            work(index)
 
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or values <= _serial_values:

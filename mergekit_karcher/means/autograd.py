@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from mergekit_karcher.kernels.combine import combine
 from mergekit_karcher.means.inputs import Inputs
-from mergekit_karcher.means.products import Products, products_of, total
+from mergekit_karcher.means.products import products_of, total
 from mergekit_karcher.means.solve import (
     Settings,
     Solution,
@@ -21,7 +22,6 @@ from mergekit_karcher.means.solve import (
     solve,
     solve_whole,
 )
-from mergekit_karcher.sphere.results import SphereMeans
 from mergekit_karcher.sphere.trig import Floats
 from mergekit_karcher.sphere.vjp import vjp
 
@@ -33,52 +33,30 @@ def merge(
     keep_products: bool = False,
     saved_as: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, Solution]:
-    """The mean of the inputs of one output tensor, and what is known of it.
+    """The mean of the inputs of one output tensor, new, of the dtype that they promote to.
 
-    Arguments:
-        inputs: N of them; borrowed. Gradients flow to each that requires one, and to the base.
-        settings: With granularity "tensor" or "row".
-        keep_products: Whether to keep their inner products, for a report.
-        saved_as: The dtype that the result is cast to in the end; by default its own.
-
-    Returns:
-        A new tensor of the dtype that all inputs promote to, and the solution.
-
-    Raises:
-        KarcherError: If an input is not finite, or the mean beyond the dtype that it is saved in.
+    Gradients flow to each input that requires one, and to the base. keep_products is for a report;
+    saved_as is what the result is cast to in the end. Raises `KarcherError` if an input is not
+    finite, or the mean beyond the dtype that it is saved in.
     """
-    (result,), solution = _applied([inputs], _Options(settings, None, keep_products, saved_as))
+    (result,), solution = _applied([inputs], None, settings, keep_products, saved_as)
     return result, solution
 
 
 def merge_whole(
     parts: Sequence[Inputs], settings: Settings, counted: Sequence[bool]
 ) -> tuple[list[torch.Tensor], Solution]:
-    """The mean of N models, each as one vector of all its tensors.
+    """The mean of N models, each as one vector of all its tensors; one result for each part.
 
-    Arguments:
-        parts: The inputs of each output tensor, N with the same weights in each.
-        settings: With granularity "model".
-        counted: Whether each part counts: of tensors that stand twice in a model, one does.
-
-    Returns:
-        One tensor for each part, as by `merge`, and the solution.
+    Parts are the inputs of each output tensor, with the same weights. Of tensors that stand twice
+    in a model, one is counted.
     """
-    return _applied(parts, _Options(settings, counted, False, None))
+    return _applied(parts, counted, settings, False, None)
 
 
-class _Options(NamedTuple):
-    """How to merge; counted is None for the inputs of one tensor."""
-
-    settings: Settings
-    counted: Sequence[bool] | None
-    keep_products: bool
-    saved_as: torch.dtype | None
-
-
-def _applied(parts: Sequence[Inputs], options: _Options) -> tuple[list[torch.Tensor], Solution]:
-    tensors = [tensor for part in parts for tensor in _tensors_of(part)]
-    *results, solution = _Merge.apply(parts, options, *tensors)  # type: ignore[no-untyped-call]
+def _applied(parts: Sequence[Inputs], *options: Any) -> tuple[list[torch.Tensor], Solution]:
+    tensors = [tensor for part in parts for tensor in part.all_tensors]
+    *results, solution = _Merge.apply(parts, *options, *tensors)  # type: ignore[no-untyped-call]
     return results, solution
 
 
@@ -91,78 +69,49 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, parts: Sequence[Inputs], options: _Options, *tensors: torch.Tensor
+        ctx: Any,
+        parts: Sequence[Inputs],
+        counted: Sequence[bool] | None,  # None for the inputs of one tensor
+        settings: Settings,
+        keep_products: bool,
+        saved_as: torch.dtype | None,
+        *tensors: torch.Tensor,
     ) -> tuple[Any, ...]:
-        settings, counted, keep_products, saved_as = options
         if counted is None:
             solution = solve(parts[0], settings, keep_products=keep_products)
         else:
-            counting = [part for part, counts in zip(parts, counted, strict=True) if counts]
-            solution = solve_whole(counting, settings)
+            solution = solve_whole(list(itertools.compress(parts, counted)), settings)
         ctx.save_for_backward(*tensors)
         ctx.settings, ctx.counted, ctx.blocks = settings, counted, solution.blocks
-        ctx.without_tensors = [_without_tensors(part) for part in parts]
+        nothing = itertools.repeat(torch.empty(0, device="cpu"))
+        ctx.bare = [part.with_tensors(nothing) for part in parts]
         return (*(combined(part, solution.mean, saved_as) for part in parts), solution)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Any) -> tuple[Any, ...]:
-        saved = iter(ctx.saved_tensors)
-        parts = [_with_tensors(part, saved) for part in ctx.without_tensors]
-        extended = [
-            _with_upstream(part, gradient)
-            for part, gradient in zip(parts, upstream[:-1], strict=True)
-        ]
+        saved, settings = iter(ctx.saved_tensors), ctx.settings
+        parts = [part.with_tensors(saved) for part in ctx.bare]
+        extended = [_with_upstream(*pair) for pair in zip(parts, upstream[:-1], strict=True)]
+        first, by_row = parts[0], is_by_row(parts[0], settings)
         if ctx.counted is None:
-            by_row = is_by_row(parts[0], ctx.settings)
-            slices = row_slices(parts[0], ctx.settings)
+            slices = row_slices(first, settings)
             products = [products_of(extended[0].rows(rows), by_row=by_row) for rows in slices]
-            pairs = zip(products, ctx.blocks, strict=True)
-            blocks = [_pulled_back(p, parts[0], means, ctx.settings) for p, means in pairs]
         else:
-            counting = zip(extended, ctx.counted, strict=True)
-            whole = total([products_of(part) for part, counts in counting if counts])
-            blocks = [_pulled_back(whole, parts[0], ctx.blocks[0], ctx.settings)]
-        coefficients = np.concatenate(blocks)
-        needed = iter(ctx.needs_input_grad[2:])
+            products = [total([products_of(p) for p in itertools.compress(extended, ctx.counted)])]
+        blocks = []
+        for block, means in zip(products, ctx.blocks, strict=True):
+            of_upstream, of_inputs = vjp(
+                block.grams, first.weights, block.exponents, means, settings.magnitude
+            )
+            blocks.append(np.concatenate([of_inputs, of_upstream[:, :, None]], axis=-1))
+        coefficients, needed = np.concatenate(blocks), iter(ctx.needs_input_grad[5:])
         gradients = [
             gradient
             for part, other in zip(parts, extended, strict=True)
-            for gradient in _gradients(part, other, coefficients, ctx.settings, needed)
+            for gradient in _gradients(part, other, coefficients, by_row, needed)
         ]
-        return (None, None, *gradients)
-
-
-def _tensors_of(part: Inputs) -> list[torch.Tensor]:
-    """All tensors that inputs hold: their own, the base, and those of the shared metric."""
-    base = [] if part.base is None else [part.base]
-    metric = [] if part.shared_metric is None else part.shared_metric.tensors
-    return [*part.tensors, *base, *metric]
-
-
-def _without_tensors(part: Inputs) -> tuple[Inputs, int, bool, int]:
-    """Inputs that hold no tensor, and how many there were of each kind."""
-    metric = part.shared_metric
-    bare = replace(
-        part,
-        tensors=(),
-        base=None,
-        metrics=None,
-        shared_metric=None if metric is None else metric._replace(tensors=[]),
-    )
-    count = 0 if metric is None else len(metric.tensors)
-    return bare, len(part.tensors), part.base is not None, count
-
-
-def _with_tensors(bare: tuple[Inputs, int, bool, int], saved: Iterator[torch.Tensor]) -> Inputs:
-    """The inputs that `_without_tensors` was given, from their saved tensors."""
-    part, count, has_base, in_metric = bare
-    tensors = tuple(next(saved) for _ in range(count))
-    base = next(saved) if has_base else None
-    metric = part.shared_metric
-    if metric is not None:
-        metric = metric._replace(tensors=[next(saved) for _ in range(in_metric)])
-    return replace(part, tensors=tensors, base=base, shared_metric=metric)
+        return (*[None] * 5, *gradients)
 
 
 def _with_upstream(part: Inputs, gradient: torch.Tensor) -> Inputs:
@@ -180,37 +129,23 @@ def _with_upstream(part: Inputs, gradient: torch.Tensor) -> Inputs:
     return replace(part, tensors=(*tensors, gradient), labels=labels, base=None)
 
 
-def _pulled_back(
-    products: Products, part: Inputs, means: SphereMeans, settings: Settings
-) -> Floats:
-    """What `vjp` says of each input, (R, N, N + 1) over the inputs and the upstream gradient."""
-    upstream, inputs = vjp(
-        products.grams, part.weights, products.exponents, means, settings.magnitude
-    )
-    return np.concatenate([inputs, upstream[:, :, None]], axis=-1)
-
-
 def _gradients(
-    part: Inputs,
-    extended: Inputs,
-    coefficients: Floats,
-    settings: Settings,
-    needed: Iterator[bool],
+    part: Inputs, extended: Inputs, coefficients: Floats, by_row: bool, needed: Iterator[bool]
 ) -> Iterator[torch.Tensor | None]:
-    """The gradients of all tensors of one part, in the order of `_tensors_of`."""
-    by_row = is_by_row(part, settings)
-    for index, tensor in enumerate(part.tensors):
-        of_input = coefficients[:, index] if by_row else coefficients[0, index]
-        yield _gradient(extended, of_input, tensor.dtype) if next(needed) else None
-    if part.base is not None:
-        # What moves the base moves all differences the other way.
-        rest = -coefficients.sum(1)
-        rest[:, -1] += 1
-        of_base = rest if by_row else rest[0]
-        yield _gradient(extended, of_base, part.base.dtype) if next(needed) else None
-    for _ in () if part.shared_metric is None else part.shared_metric.tensors:
-        next(needed)
-        yield None
+    """The gradients of `all_tensors` of one part.
+
+    coefficients: (R, N, N + 1), of each input over the inputs and the upstream gradient.
+    """
+    # What moves the base moves all differences the other way.
+    rest = -coefficients.sum(1)
+    rest[:, -1] += 1
+    of_tensors = [*coefficients.transpose(1, 0, 2), *([] if part.base is None else [rest])]
+    for tensor, over in itertools.zip_longest(part.all_tensors, of_tensors):
+        # The tensors of a metric, which come last, have none.
+        if not next(needed) or over is None:
+            yield None
+        else:
+            yield _gradient(extended, over if by_row else over[0], tensor.dtype)
 
 
 def _gradient(extended: Inputs, coefficients: Floats, dtype: torch.dtype) -> torch.Tensor:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from typing import NoReturn
 
-import numpy as np
 import torch
 
-from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.errors import KarcherError, NotFiniteError
 from mergekit_karcher.kernels.sums import sum_and_least
 from mergekit_karcher.means.inputs import Inputs
 
@@ -17,14 +16,9 @@ _SLACK = 1 + 1e-6
 
 
 def refuse_not_finite(inputs: Inputs, place: int) -> NoReturn:
-    """Say which value of an input, or of the base, made its inner products not finite.
+    """Raise `KarcherError` with the value that made the inner products of an input not finite.
 
-    Arguments:
-        inputs: Checked inputs; one of them, its difference from the base, or the base is at fault.
-        place: Which input; N stands for the base.
-
-    Raises:
-        KarcherError: Always.
+    place: which input; N stands for the base. With a base, it or the difference may be at fault.
     """
     suspects = [*zip(inputs.tensors, inputs.labels, strict=True)][place : place + 1]
     if inputs.base is not None:
@@ -40,17 +34,9 @@ def refuse_not_finite(inputs: Inputs, place: int) -> NoReturn:
 def check_result(
     result: torch.Tensor, inputs: Inputs, dtype: torch.dtype, length: float | None = None
 ) -> None:
-    """Check that the mean of inputs is finite in the dtype that it is to be saved in.
+    """Raise `KarcherError` unless the mean of inputs is finite in the dtype that it is saved in.
 
-    Arguments:
-        result: The mean. Read only where it could be too large.
-        inputs: What it is the mean of.
-        dtype: What it is saved in, or its own.
-        length: |result - base|, the Euclidean one; None if it is not known.
-
-    Raises:
-        KarcherError: If a value of an input is not finite, or if one of the result is beyond the
-            largest number of the dtype.
+    length: |result - base|, Euclidean; the result is read only where that is large or not known.
     """
     largest = torch.finfo(dtype).max
     # The base holds numbers of that dtype: less than half a unit more is rounded away.
@@ -71,13 +57,11 @@ def check_result(
 
 
 def _check_finite(tensor: torch.Tensor, label: str, name: str) -> None:
-    flat = tensor.detach().reshape(-1)
-    bad = torch.nonzero(~torch.isfinite(flat)).reshape(-1)
-    if len(bad) == 0:
-        return
-    index = int(bad[0])
-    place = [int(i) for i in np.unravel_index(index, tensor.shape)]
-    raise KarcherError(
-        f"{name} of {label} is not finite in {len(bad)} of {len(flat)} places, first {flat[index]} "
-        f"at {place}: repair or leave out that model, or give it a weight of 0."
-    )
+    bad = torch.nonzero(~torch.isfinite(tensor))
+    if len(bad):
+        place = bad[0].tolist()
+        raise NotFiniteError(
+            f"{name} of {label} is not finite in {len(bad)} of {tensor.numel()} places, first "
+            f"{tensor[tuple(place)]} at {place}: repair or leave out that model, or give it a "
+            "weight of 0."
+        )

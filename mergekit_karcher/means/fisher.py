@@ -47,14 +47,7 @@ def fisher_mean(
     Raises:
         KarcherError: For anything that it cannot merge.
     """
-    count = len(tensors)
-    inputs = checked_inputs(
-        name,
-        tensors,
-        labels or [f"input {index}" for index in range(count)],
-        [1.0] * count if weights is None else [float(weight) for weight in weights],
-        metrics=metrics,
-    )
+    inputs = checked_inputs(name, tensors, labels, weights, metrics=metrics)
     if inputs.metrics_are_zero:
         warn_of_zeros(name)
     return precision_weighted(inputs, floor)
@@ -63,33 +56,23 @@ def fisher_mean(
 def precision_weighted(
     inputs: Inputs, floor: float, saved_as: torch.dtype | None = None
 ) -> torch.Tensor:
-    """The mean of checked inputs, each weighted by its metric; see `fisher_mean`.
+    """`fisher_mean` of checked inputs; without metrics all elements count alike.
 
-    Arguments:
-        inputs: N of them; borrowed. Without metrics all elements count alike.
-        floor: The fraction of each metric's mean that is added to it.
-        saved_as: The dtype that the result is cast to in the end; by default its own.
-
-    Returns:
-        A new tensor of the dtype that all inputs promote to.
-
-    Raises:
-        KarcherError: If floor is no fraction, or an input or the result is not finite.
+    saved_as: what the result is cast to in the end; `KarcherError` if it is not finite in that.
     """
     check_floor(floor)
-    metrics = inputs.metrics or (None,) * len(inputs.tensors)
-    if inputs.metrics_are_zero:
-        metrics = (None,) * len(inputs.tensors)
-    sure = [place for place, metric in enumerate(metrics) if metric is None or metric.mean > 0]
+    alike = (None,) * len(inputs.tensors)
+    metrics = alike if inputs.metrics_are_zero else inputs.metrics or alike
+    entries = zip(inputs.tensors, metrics, inputs.weights.tolist(), strict=True)
+    sure = [entry for entry in entries if entry[1] is None or entry[1].mean > 0]
     if len(sure) == 1:
-        result = inputs.tensors[sure[0]].to(inputs.dtype, copy=True)
+        result = sure[0][0].to(inputs.dtype, copy=True)
     else:
-        chosen = [metrics[place] for place in sure]
         result = precision_mean(
-            [inputs.tensors[place] for place in sure],
-            [None if metric is None else metric.values for metric in chosen],
-            [float(inputs.weights[place]) for place in sure],
-            [0.0 if metric is None else floor * metric.mean for metric in chosen],
+            [tensor for tensor, _, _ in sure],
+            [None if metric is None else metric.values for _, metric, _ in sure],
+            [weight for _, _, weight in sure],
+            [0.0 if metric is None else floor * metric.mean for _, metric, _ in sure],
             inputs.dtype,
         )
     check_result(result, inputs, saved_as or result.dtype)

@@ -3,70 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 import torch
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels.shared_metric import SharedMetric
-from mergekit_karcher.means.metric import DiagonalMetric, checked_metric, shared_metric
+from mergekit_karcher.means.metric import DTYPES, DiagonalMetric, checked_metric, shared_metric
 from mergekit_karcher.sphere.trig import Floats
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """The N >= 1 inputs of one output tensor that have a weight; made by `checked_inputs`.
 
-    name: of the output tensor, for messages.
-    tensors: of one shape and device, floating, any strides; borrowed.
-    labels: the model that each is of, for messages.
-    weights: (N,) float64, positive and finite, of any sum.
-    places: where each stood among all that were given, those without a weight too.
-    base: what the mean is taken around, of the same shape and device; None for zero. Borrowed.
-    metrics: each model's metric, None for one that is the same everywhere; None if no model has
-        a metric. Borrowed.
-    shared_metric: the metric that lengths and angles are those of; None for the plain ones.
+    All tensors are borrowed, floating, of one shape and device and any strides.
     """
 
-    name: str
+    name: str  # of the output tensor, for messages
     tensors: tuple[torch.Tensor, ...]
-    labels: tuple[str, ...]
-    weights: Floats
-    places: tuple[int, ...]
-    base: torch.Tensor | None = None
+    labels: tuple[str, ...]  # the model that each is of, for messages
+    weights: Floats  # (N,) float64, positive and finite, of any sum
+    places: tuple[int, ...]  # where each stood among all that were given
+    base: torch.Tensor | None = None  # what the mean is taken around; None for zero
+    # None if no model has one; in it, None for one that is the same everywhere.
     metrics: tuple[DiagonalMetric | None, ...] | None = None
-    shared_metric: SharedMetric | None = None
+    shared_metric: SharedMetric | None = None  # what lengths and angles are measured in
 
     @property
     def dtype(self) -> torch.dtype:
         """What the dtypes of all tensors promote to; that of the output."""
-        dtype = self.tensors[0].dtype
-        for tensor in (*self.tensors[1:], *(() if self.base is None else (self.base,))):
-            dtype = torch.promote_types(dtype, tensor.dtype)
+        read = [*self.tensors, *(() if self.base is None else (self.base,))]
+        dtype: torch.dtype = reduce(torch.promote_types, (tensor.dtype for tensor in read))
         return dtype
+
+    @property
+    def all_tensors(self) -> list[torch.Tensor]:
+        """The tensors, the base, and those of the shared metric."""
+        base = [] if self.base is None else [self.base]
+        shared = [] if self.shared_metric is None else self.shared_metric.tensors
+        return [*self.tensors, *base, *shared]
+
+    def with_tensors(self, given: Iterator[torch.Tensor]) -> Inputs:
+        """The same inputs with others in place of `all_tensors`; without the models' metrics."""
+        shared = self.shared_metric
+        return replace(
+            self,
+            tensors=tuple(next(given) for _ in self.tensors),
+            base=None if self.base is None else next(given),
+            metrics=None,
+            shared_metric=shared and shared._replace(tensors=[next(given) for _ in shared.tensors]),
+        )
 
     def rows(self, rows: slice) -> Inputs:
         """The same inputs at some indices of their first axis, as views."""
         if rows == slice(None):
             return self
-        return replace(
-            self,
-            tensors=tuple(tensor[rows] for tensor in self.tensors),
-            base=None if self.base is None else self.base[rows],
-            shared_metric=None if self.shared_metric is None else self.shared_metric.rows(rows),
-        )
+        return self.with_tensors(tensor[rows] for tensor in self.all_tensors)
 
     def sharing_a_metric(self, floor: float, *, always: bool = False) -> Inputs:
         """The same inputs, with lengths and angles in the metric that their models share.
 
-        Arguments:
-            floor: The fraction of each metric's mean that is added to it.
-            always: Keep a metric that is the same for every element, too. By itself it changes no
-                mean; in a part of larger vectors it weighs that part against the others.
+        always: also in one that is the same for every element. By itself it changes no mean; in a
+        part of larger vectors it weighs that part against the others.
         """
         if self.metrics is None:
             return self
@@ -82,30 +84,19 @@ class Inputs:
 def checked_inputs(
     name: str,
     tensors: Sequence[torch.Tensor],
-    labels: Sequence[str],
-    weights: Sequence[float],
+    labels: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
     *,
     base: torch.Tensor | None = None,
     metrics: Sequence[torch.Tensor | None] | None = None,
 ) -> Inputs:
-    """The inputs that have a weight, or an error that says which of them cannot be merged.
+    """The inputs that have a weight, or a `KarcherError` that says which cannot be merged, and why.
 
-    Arguments:
-        name: The output tensor, for messages.
-        tensors: All inputs; those of weight zero may hold anything, of any shape.
-        labels: The model of each.
-        weights: One for each, finite and >= 0, not all zero.
-        base: What the mean is taken around.
-        metrics: The metric of each; None for one that is the same everywhere. Costs a pass over
-            each of them.
-
-    Returns:
-        The inputs. They borrow the tensors.
-
-    Raises:
-        KarcherError: If a number of weights or metrics, a weight, dtype, shape or device, or a
-            metric is not as it must be.
+    Those of weight zero may hold anything, of any shape; by default all weights are equal. Each
+    metric costs a pass over it; None is one that is the same everywhere.
     """
+    labels = labels or [f"input {index}" for index in range(len(tensors))]
+    weights = [1.0] * len(tensors) if weights is None else [float(weight) for weight in weights]
     check_weights(weights, labels, name)
     places = tuple(place for place, weight in enumerate(weights) if weight > 0)
     if metrics is not None and len(metrics) != len(tensors):
@@ -129,15 +120,7 @@ def checked_inputs(
 
 
 def check_weights(weights: Sequence[float], labels: Sequence[str], name: str) -> None:
-    """Check the weights of the inputs of one output tensor.
-
-    Arguments:
-        weights: Must be finite and >= 0, one for each input, not all zero.
-        labels, name: The model of each input, and the tensor, for messages.
-
-    Raises:
-        KarcherError: If they are not.
-    """
+    """Raise `KarcherError` unless each input has a finite weight >= 0, and not all are zero."""
     if len(weights) != len(labels):
         raise KarcherError(
             f"{len(weights)} weights were given for {len(labels)} inputs of {name}: "
@@ -158,23 +141,21 @@ def check_weights(weights: Sequence[float], labels: Sequence[str], name: str) ->
 
 
 def _check_tensors(inputs: Inputs) -> None:
-    tensors, labels, name = list(inputs.tensors), list(inputs.labels), inputs.name
-    if inputs.base is not None:
-        tensors.append(inputs.base)
-        labels.append("the base")
-    for tensor, label in zip(tensors, labels, strict=True):
-        if tensor.dtype not in _DTYPES:
+    first, first_label, name = inputs.tensors[0], inputs.labels[0], inputs.name
+    base = [] if inputs.base is None else [(inputs.base, "the base")]
+    for tensor, label in [*zip(inputs.tensors, inputs.labels, strict=True), *base]:
+        if tensor.dtype not in DTYPES:
             raise KarcherError(
                 f"{name} of {label} is {tensor.dtype}: a mean needs float16, bfloat16, float32 or "
                 "float64; convert it, or copy it from one input instead."
             )
-        if tensor.shape != tensors[0].shape:
+        if tensor.shape != first.shape:
             raise KarcherError(
-                f"{name} of {label} has shape {tuple(tensor.shape)}, but {labels[0]} has "
-                f"{tuple(tensors[0].shape)}: give tensors of one shape."
+                f"{name} of {label} has shape {tuple(tensor.shape)}, but {first_label} has "
+                f"{tuple(first.shape)}: give tensors of one shape."
             )
-        if tensor.device != tensors[0].device:
+        if tensor.device != first.device:
             raise KarcherError(
-                f"{name} of {label} is on {tensor.device}, but {labels[0]} is on "
-                f"{tensors[0].device}: move them to one device."
+                f"{name} of {label} is on {tensor.device}, but {first_label} is on "
+                f"{first.device}: move them to one device."
             )

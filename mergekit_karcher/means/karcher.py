@@ -64,9 +64,7 @@ def karcher_mean(
     tensors, settings = list(tensors), _settings(granularity, magnitude, max_iter, tol)
     if pad:
         tensors, base, metrics = _padded(tensors, base, metrics)
-    labels = [f"input {index}" for index in range(len(tensors))]
-    values = [1.0] * len(tensors) if weights is None else [float(weight) for weight in weights]
-    inputs = checked_inputs("the tensor", tensors, labels, values, base=base, metrics=metrics)
+    inputs = checked_inputs("the tensor", tensors, None, weights, base=base, metrics=metrics)
     if inputs.metrics_are_zero:
         warn_of_zeros(inputs.name)
     inputs = inputs.sharing_a_metric(floor)
@@ -88,21 +86,19 @@ def _padded(
     tensors: Sequence[torch.Tensor],
     base: torch.Tensor | None,
     metrics: Sequence[torch.Tensor | None] | None,
-) -> tuple[list[Any], torch.Tensor | None, list[torch.Tensor | None] | None]:
+) -> tuple[list[Any], torch.Tensor | None, Sequence[torch.Tensor | None] | None]:
     given = [*tensors, *(() if base is None else (base,))]
-    if len({tensor.ndim for tensor in given}) > 1:
-        axes = " and ".join(str(n) for n in sorted({tensor.ndim for tensor in given}))
+    if len(axes := sorted({tensor.ndim for tensor in given})) > 1:
         raise KarcherError(
-            f"The tensors have {axes} axes: padding makes axes longer, it does not add any."
+            f"The tensors have {' and '.join(map(str, axes))} axes: padding makes axes longer, it "
+            "does not add any."
         )
     shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in given), strict=True)]
-    wider = None
-    if metrics is not None:
-        # A metric of another shape than its tensor is refused later, by its own shape.
-        wider = [
-            metric if metric is None or metric.shape != tensor.shape else _wide(metric, shape)
-            for metric, tensor in zip(metrics, tensors, strict=False)
-        ]
+    # A metric of another shape than its tensor is refused later, by its own shape.
+    wider = metrics and [
+        metric if metric is None or metric.shape != tensor.shape else _wide(metric, shape)
+        for metric, tensor in zip(metrics, tensors, strict=False)
+    ]
     return [_wide(t, shape) for t in tensors], None if base is None else _wide(base, shape), wider
 
 

@@ -13,7 +13,7 @@ from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels.shared_metric import SharedMetric
 from mergekit_karcher.kernels.sums import sum_and_least
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _LOG = logging.getLogger(__name__)
 
@@ -22,39 +22,25 @@ FLOOR = 1e-6
 
 
 class DiagonalMetric(NamedTuple):
-    """One model's metric of one tensor, checked.
+    """One model's metric of one tensor, checked."""
 
-    values: G, of the tensor's shape and device, floating, finite and >= 0; borrowed.
-    mean: of all values, in float64; zero if all of them are.
-    """
-
-    values: torch.Tensor
-    mean: float
+    values: torch.Tensor  # of the tensor's shape, floating, finite and >= 0; borrowed
+    mean: float  # of all values, in float64; zero if all of them are
 
 
 def checked_metric(
     values: torch.Tensor, tensor: torch.Tensor, label: str, name: str
 ) -> DiagonalMetric:
-    """A model's metric of one tensor, after one pass over its values.
+    """A model's metric of a tensor, after one pass over its values; label and name: for messages.
 
-    Arguments:
-        values: The metric; borrowed.
-        tensor: The tensor that it is of, for its shape.
-        label, name: The model and the tensor, for messages.
-
-    Returns:
-        The metric and its mean.
-
-    Raises:
-        KarcherError: If the shapes differ, or the values are not floating-point numbers, not
-            finite, or negative somewhere.
+    Raises `KarcherError` unless it has the tensor's shape and finite floating-point numbers >= 0.
     """
     if values.shape != tensor.shape:
         raise KarcherError(
             f"The metric of {name} for {label} has shape {tuple(values.shape)}, but the tensor has "
             f"{tuple(tensor.shape)}: make it anew from that model."
         )
-    if values.dtype not in _DTYPES:
+    if values.dtype not in DTYPES:
         raise KarcherError(
             f"The metric of {name} for {label} is {values.dtype}: give floating-point numbers, "
             "float16, bfloat16, float32 or float64."
@@ -84,21 +70,11 @@ def shared_metric(
 ) -> SharedMetric:
     """G = sum_k w_k (G_k + floor mean(G_k)), element by element.
 
-    Nothing depends on the scale of G: angles and the coefficients of a mean are ratios.
-
-    Arguments:
-        metrics: One for each of N models; None is one everywhere. Borrowed, and held by the result.
-        weights: N finite numbers > 0.
-        floor: The fraction of each metric's mean that is added to it.
-
-    Returns:
-        The shared metric. Without a single G_k that is not zero everywhere it has no tensors: it is
-        the same for every element.
-
-    Raises:
-        KarcherError: If floor is not a finite fraction of 0 or more.
+    A metric of None is one everywhere; weights are finite and > 0. Without a single G_k that is not
+    zero everywhere the result has no tensors: it is the same for every element.
     """
     check_floor(floor)
+    # Nothing depends on the scale of G: angles and the coefficients of a mean are ratios.
     largest = max(weights)
     values, shares, constant, mean = [], [], 0.0, 0.0
     for metric, weight in zip(metrics, weights, strict=True):

@@ -16,14 +16,10 @@ from mergekit_karcher.means.inputs import Inputs
 
 @dataclass(frozen=True, eq=False)
 class Products:
-    """The inner products of N vectors, R times.
+    """The inner products <W_ri, W_rj> = grams_rij 2^(exponents_ri + exponents_rj) of N vectors."""
 
-    grams: (R, N, N) long double. exponents: (R, N) integers.
-    <W_ri, W_rj> = grams_rij 2^(exponents_ri + exponents_rj).
-    """
-
-    grams: NDArray[np.longdouble]
-    exponents: NDArray[np.int64]
+    grams: NDArray[np.longdouble]  # (R, N, N)
+    exponents: NDArray[np.int64]  # (R, N)
 
     def of(self, vectors: Sequence[int] | slice) -> Products:
         """Those of some of the vectors."""
@@ -33,9 +29,12 @@ class Products:
     def over_rows(self) -> Products:
         """One matrix (R = 1), of the vectors that all rows make together."""
         exponents = self.exponents.max(0, keepdims=True)
+        return Products(self.scaled_to(exponents).sum(0, keepdims=True), exponents)
+
+    def scaled_to(self, exponents: NDArray[np.int64]) -> NDArray[np.longdouble]:
+        """The grams (R, N, N) that go with other exponents, (R, N) or (1, N)."""
         shift = self.exponents - exponents
-        scaled = np.ldexp(self.grams, shift[:, :, None] + shift[:, None, :])
-        return Products(scaled.sum(0, keepdims=True), exponents)
+        return np.ldexp(self.grams, shift[:, :, None] + shift[:, None, :])
 
 
 def products_of(
@@ -43,23 +42,13 @@ def products_of(
 ) -> Products:
     """The inner products of inputs, or of their differences from their base; one pass over them.
 
-    Arguments:
-        inputs: N of them; borrowed.
-        with_base: Add the base, if there is one, as one more vector, the last.
-        by_row: One matrix for each index of the first axis, instead of one for all.
-        exact: Better than float64, for about twice the time.
-
-    Returns:
-        The products, in the shared metric if the inputs have one.
-
-    Raises:
-        KarcherError: If an input, the base or a difference is not finite.
+    In the shared metric if they have one; with_base adds the base, if there is one, as the last
+    vector; by_row and exact as for `grams`. Raises `KarcherError` if a value is not finite.
     """
-    with_base = with_base and inputs.base is not None
     matrices, exponents = grams(
         inputs.tensors,
         base=inputs.base,
-        with_base=with_base,
+        with_base=with_base and inputs.base is not None,
         metric=inputs.shared_metric,
         by_row=by_row,
         exact=exact,
@@ -71,20 +60,10 @@ def products_of(
 
 
 def total(parts: Sequence[Products]) -> Products:
-    """The inner products of N vectors that consist of parts.
-
-    Arguments:
-        parts: Those of each part, all of N vectors and R times.
-
-    Returns:
-        Their sum.
-    """
+    """The inner products of N vectors that consist of parts, from those of each part."""
     exponents = np.max([part.exponents for part in parts], axis=0)
-    summed = np.zeros(parts[0].grams.shape, np.longdouble)
-    for part in parts:
-        shift = part.exponents - exponents
-        summed += np.ldexp(part.grams, shift[:, :, None] + shift[:, None, :])
-    return Products(summed, exponents)
+    zeros = np.zeros(parts[0].grams.shape, np.longdouble)
+    return Products(sum((part.scaled_to(exponents) for part in parts), zeros), exponents)
 
 
 def needs_exact(tensors: Sequence[torch.Tensor]) -> bool:

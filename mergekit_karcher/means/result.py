@@ -46,14 +46,9 @@ class KarcherMean:
         return self.status in (Status.CONVERGED, Status.ZERO)
 
     def with_others(self, places: Sequence[int], count: int) -> KarcherMean:
-        """The same mean as one of more inputs, the others of which have no weight.
+        """The same mean as one of count inputs, of which these N stand at places.
 
-        Arguments:
-            places: Where each of the N inputs stands among all.
-            count: How many there are.
-
-        Returns:
-            A mean of count inputs; the coefficients of the others are zero, their angles NaN.
+        The others have no weight: their coefficients are zero, their angles NaN.
         """
         if len(places) == count:
             return self
@@ -67,15 +62,9 @@ class KarcherMean:
 def over_rows(
     means: Sequence[SphereMeans], coefficients: Floats, lengths: Sequence[Floats]
 ) -> KarcherMean:
-    """One result for the means of many rows.
+    """One result for the means, and their lengths, of many rows, in blocks of some rows each.
 
-    Arguments:
-        means: Those of some rows each.
-        coefficients: (N,) or (R, N), those of all rows.
-        lengths: The lengths of the means of some rows each.
-
-    Returns:
-        A result that holds the coefficients, and of everything else the worst.
+    It holds the coefficients of all rows, (N,) or (R, N), and of everything else the worst.
     """
     statuses = {status for block in means for status in block.statuses}
     return KarcherMean(

@@ -48,16 +48,12 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """The mean of inputs, before they are combined.
+    """The mean of inputs, before they are combined."""
 
-    mean: of all rows together.
-    blocks: the means of the rows that were solved together, in the order of `row_slices`.
-    products: the inner products of each output tensor's inputs, all rows together, with the base
-        as the last vector if there is one; empty unless they were asked for.
-    """
-
-    mean: KarcherMean
-    blocks: tuple[SphereMeans, ...]
+    mean: KarcherMean  # of all rows together
+    blocks: tuple[SphereMeans, ...]  # of the rows that were solved together, as in `row_slices`
+    # Those of each output tensor's inputs, all rows together, with the base as the last vector if
+    # there is one; empty unless they were asked for.
     products: tuple[Products, ...]
 
 
@@ -72,17 +68,8 @@ def check_stopping(max_iter: int, tol: float) -> None:
 def solve(inputs: Inputs, settings: Settings, *, keep_products: bool = False) -> Solution:
     """The mean of the inputs of one output tensor, as one vector each or row by row.
 
-    Arguments:
-        inputs: N of them; borrowed.
-        settings: With granularity "row", each row of a tensor of two or more axes has a mean of its
-            own.
-        keep_products: Whether to keep their inner products, for a report.
-
-    Returns:
-        The solution. Scratch memory is bounded, but for N coefficients a row.
-
-    Raises:
-        KarcherError: If an input is not finite.
+    Scratch memory is bounded, but for N coefficients a row. Raises `KarcherError` if an input is
+    not finite.
     """
     count, by_row = len(inputs.tensors), is_by_row(inputs, settings)
     # One array for the coefficients of all rows: with many of them, two would be felt.
@@ -104,35 +91,25 @@ def solve(inputs: Inputs, settings: Settings, *, keep_products: bool = False) ->
 def solve_whole(parts: Sequence[Inputs], settings: Settings) -> Solution:
     """The mean of N vectors that consist of the inputs of several output tensors.
 
-    Arguments:
-        parts: The inputs of each tensor, N with the same weights in each; borrowed. A tensor that
-            stands twice in a model, such as tied weights, must be here once.
-        settings: How to take the mean.
-
-    Returns:
-        The solution; its coefficients are those of every part.
+    Parts are the inputs of each tensor, N with the same weights in each. A tensor that stands twice
+    in a model, such as tied weights, must be here once.
     """
     products = total([products_of(p, exact=needs_exact(p.tensors)) for p in parts])
-    means = solve_products(products, parts[0].weights, settings)
+    return _solve_whole_products(products, parts[0].weights, settings)
+
+
+def mean_of_products(products: Products, weights: Floats, settings: Settings) -> KarcherMean:
+    """The mean of N vectors from their inner products (R = 1); weights (N,) > 0, of any sum."""
+    return _solve_whole_products(products, weights, settings).mean
+
+
+def _solve_whole_products(products: Products, weights: Floats, settings: Settings) -> Solution:
+    means = _solve_products(products, weights, settings)
     lengths = [_lengths(products, means.coefficients)]
     return Solution(over_rows([means], means.coefficients[0], lengths), (means,), ())
 
 
-def mean_of_products(products: Products, weights: Floats, settings: Settings) -> KarcherMean:
-    """The mean of N vectors that all have a weight, from their inner products alone.
-
-    Arguments:
-        products: Those of the vectors (R = 1).
-        weights: (N,) positive, of any sum.
-        settings: How to take the mean.
-    """
-    means = solve_products(products, weights, settings)
-    lengths = [_lengths(products, means.coefficients)]
-    return over_rows([means], means.coefficients[0], lengths)
-
-
-def solve_products(products: Products, weights: Floats, settings: Settings) -> SphereMeans:
-    """The means of N vectors that all have a weight, R times, from their inner products."""
+def _solve_products(products: Products, weights: Floats, settings: Settings) -> SphereMeans:
     return solve_means(
         products.grams,
         weights,
@@ -146,18 +123,10 @@ def solve_products(products: Products, weights: Floats, settings: Settings) -> S
 def combined(
     inputs: Inputs, mean: KarcherMean, saved_as: torch.dtype | None = None
 ) -> torch.Tensor:
-    """The output tensor of inputs, from the coefficients of their mean; one pass over them.
+    """The output tensor, new, of the dtype that all inputs promote to; one pass over them.
 
-    Arguments:
-        inputs: N of them; borrowed.
-        mean: Theirs, or that of the larger vectors that they are part of.
-        saved_as: The dtype that the result is cast to in the end; by default its own.
-
-    Returns:
-        A new tensor of the dtype that all inputs promote to, rounded once.
-
-    Raises:
-        KarcherError: If a value of the result is beyond the largest number of saved_as.
+    mean: theirs, or that of the larger vectors that they are part of. Raises `KarcherError` if a
+    value is beyond the dtype saved_as, which the result is cast to in the end.
     """
     # The mean of one is that one; the base would only round it.
     alone = len(inputs.tensors) == 1 and bool((mean.coefficients == 1).all())
@@ -187,14 +156,14 @@ def _solve_block(
     block: Inputs, settings: Settings, by_row: bool, with_base: bool
 ) -> tuple[Products, SphereMeans]:
     exact = needs_exact(block.tensors)
-    products = products_of(block, with_base=with_base, by_row=by_row, exact=exact)
-    vectors = slice(len(block.tensors))
-    means = solve_products(products.of(vectors), block.weights, settings)
     single = any(tensor.dtype == torch.float32 for tensor in block.tensors)
-    if single and not exact and np.any(means.angles > _WIDE_ANGLE):
-        products = products_of(block, with_base=with_base, by_row=by_row, exact=True)
-        means = solve_products(products.of(vectors), block.weights, settings)
-    return products, means
+    while True:
+        products = products_of(block, with_base=with_base, by_row=by_row, exact=exact)
+        vectors = products.of(slice(len(block.tensors)))
+        means = _solve_products(vectors, block.weights, settings)
+        if exact or not single or not np.any(means.angles > _WIDE_ANGLE):
+            return products, means
+        exact = True
 
 
 def _lengths(products: Products, coefficients: Floats) -> Floats:

@@ -37,26 +37,19 @@ Indices = NDArray[np.intp]
 class Points(NamedTuple):
     """Points x = sum_i c_i p_i, one on each of R spheres, and what the descent needs to know there.
 
-    coefficients: c (R, N).
-    versines: h (R, N).
-    theta, theta_over_sin, curvature: as in `AngleTerms`, (R, N).
-    alpha: (R,).
-    tau: (R, N).
-    residual: |tau|, (R,), radians.
-    objective: sum_i w_i theta_i^2 / 2, (R,).
-    valid: (R,); False where the sum is zero to rounding, and the rest arbitrary.
+    (R, N) where not said otherwise.
     """
 
-    coefficients: Floats
-    versines: Floats
-    theta: Floats
+    coefficients: Floats  # c
+    versines: Floats  # h
+    theta: Floats  # this and the next two as in `AngleTerms`
     theta_over_sin: Floats
     curvature: Floats
-    alpha: Floats
+    alpha: Floats  # (R,)
     tau: Floats
-    residual: Floats
-    objective: Floats
-    valid: Bools
+    residual: Floats  # |tau|, (R,), radians
+    objective: Floats  # sum_i w_i theta_i^2 / 2, (R,)
+    valid: Bools  # (R,); False where the sum is zero to rounding, and the rest arbitrary
 
     def take(self, index: Indices | Bools) -> Points:
         """The points on some of the spheres, copied."""
@@ -92,11 +85,7 @@ class Spheres:
         return Spheres(self.distances[index], self.weights[index])
 
     def points(self, coefficients: Floats) -> Points:
-        """The points in the directions sum_i c_i p_i.
-
-        Arguments:
-            coefficients: The c_i (R, N), of any scale.
-        """
+        """The points in the directions sum_i c_i p_i, from the c_i (R, N), of any scale."""
         total = coefficients.sum(-1)
         spread = times(self.distances, coefficients)
         squared = total * total - (coefficients * spread).sum(-1) / 2
@@ -112,31 +101,21 @@ class Spheres:
         theta, theta_over_sin, theta_cot, curvature = angle_terms(versines)
         alpha = (self.weights * theta_cot).sum(-1)
         tau = self.weights * theta_over_sin - alpha[:, None] * coefficients
-        return Points(
-            coefficients,
-            versines,
-            theta,
-            theta_over_sin,
-            curvature,
-            alpha,
-            tau,
-            self._length(tau, versines),
-            (self.weights * theta**2).sum(-1) / 2,
-            valid,
-        )
+        residual, objective = self._length(tau, versines), (self.weights * theta**2).sum(-1) / 2
+        angles = (theta, theta_over_sin, curvature)
+        return Points(coefficients, versines, *angles, alpha, tau, residual, objective, valid)
 
-    def descend(self, start: Points, max_iter: int, tol: float) -> tuple[Points, NDArray[np.int64]]:
-        """Go from points to local minima of the objective.
+    def angles_to(self, coefficients: Floats) -> Floats:
+        """Radians from the inputs to sum_i c_i p_i, (R, N); NaN where that is zero to rounding."""
+        points = self.points(coefficients)
+        return np.where(points.valid[:, None], points.theta, np.nan)
 
-        Arguments:
-            start: Where to begin, overwritten.
-            max_iter: The most steps on each sphere.
-            tol: Radians, the residual that ends the steps.
+    def descend(self, points: Points, max_iter: int, tol: float) -> NDArray[np.int64]:
+        """Overwrite points with local minima of the objective; returns the steps taken, (R,).
 
-        Returns:
-            start, now the last points, and the numbers of steps taken, (R,).
+        tol: radians, the residual that ends the steps; max_iter: the most steps on each sphere.
         """
-        points, steps = start, np.zeros(len(self.weights), np.int64)
+        steps = np.zeros(len(self.weights), np.int64)
         while True:
             active = (points.residual > points.smallest_residual(tol)) & (steps < max_iter)
             index = np.flatnonzero(active)
@@ -152,7 +131,7 @@ class Spheres:
             after = spheres._move(before, spheres._newton(before))
             better = after.valid & (after.residual < before.residual)
             points.put(index[better], after.take(better))
-        return points, steps
+        return steps
 
     def step(self, points: Points) -> Points:
         """One step down from points: Newton's where it lowers the objective, else Algorithm 1's."""
@@ -180,22 +159,19 @@ class Spheres:
     def _newton(self, points: Points) -> Floats:
         """Newton's tangent vectors (Buss & Fillmore 2001, A2), at most one radian long."""
         h = points.versines
-        bending = self.weights * points.curvature
         # L_ij = <p_i, p_j> - cos_i cos_j, the products of the tangential parts of the inputs.
         products = h[:, :, None] + h[:, None, :] - h[:, :, None] * h[:, None, :]
         products -= self.distances / 2
-        matrix = bending[:, :, None] * products
+        matrix = (self.weights * points.curvature)[:, :, None] * products
         diagonal = np.arange(h.shape[-1])
         matrix[:, diagonal, diagonal] += points.alpha[:, None]
-        solution = np.linalg.solve(
-            matrix.astype(np.float64), points.tau.astype(np.float64)[:, :, None]
-        )[:, :, 0]
+        tau = points.tau.astype(np.float64)
+        solution = np.linalg.solve(matrix.astype(np.float64), tau[:, :, None])[:, :, 0]
         along = (solution * (1 - h)).sum(-1)
-        direction = solution - along[:, None] * points.coefficients
+        direction: Floats = solution - along[:, None] * points.coefficients
         length = self._length(direction, h)
-        shrink = np.minimum(1, _LONGEST_STEP / np.where(length > 0, length, 1))
-        scaled: Floats = direction * shrink[:, None]
-        return scaled
+        direction *= np.minimum(1, _LONGEST_STEP / np.where(length > 0, length, 1))[:, None]
+        return direction
 
     def _move(self, points: Points, tangent: Floats) -> Points:
         """Along the geodesics that leave the points with those tangent vectors."""
@@ -209,19 +185,3 @@ class Spheres:
         squared = squared - (tangent * times(self.distances, tangent)).sum(-1) / 2
         length: Floats = np.sqrt(np.maximum(squared, 0))
         return length
-
-
-def angles_to_point(distances: Floats, coefficients: Floats) -> Floats:
-    """The angles from unit vectors to a combination of them.
-
-    Arguments:
-        distances: |p_i - p_j|^2, (N, N).
-        coefficients: (N,), of any scale.
-
-    Returns:
-        Radians from each p_i to the direction of sum_i c_i p_i, (N,); NaN where that sum is zero to
-        rounding.
-    """
-    points = Spheres(distances[None], np.ones((1, len(distances)))).points(coefficients[None])
-    angles: Floats = points.theta[0]
-    return angles if bool(points.valid[0]) else np.full_like(angles, np.nan)

@@ -18,16 +18,9 @@ class Magnitude(enum.Enum):
 
 
 def magnitude_ratios(magnitude: Magnitude, shares: Floats, norms: Floats, unit: Floats) -> Floats:
-    """The length of the mean over the norm of each input.
+    """The length of the mean over the norm of each input, (R, N); zero for inputs of norm zero.
 
-    Arguments:
-        magnitude: Which length.
-        shares: Weights (N,) that sum to one.
-        norms: (R, N).
-        unit: The Gram matrices of the unit inputs, (R, N, N).
-
-    Returns:
-        (R, N); zero for inputs of norm zero.
+    shares (N,): weights that sum to one. norms: (R, N). unit (R, N, N): Grams of the unit inputs.
     """
     lengths = np.where(norms > 0, norms, 1)
     if magnitude is Magnitude.GEOMETRIC:
@@ -45,18 +38,12 @@ def magnitude_ratios(magnitude: Magnitude, shares: Floats, norms: Floats, unit: 
 def magnitude_gradients(
     magnitude: Magnitude, shares: Floats, norms: Floats, length: Floats
 ) -> Floats:
-    """The gradients of the length of the mean, each times the norm of its input: n_i dM/dW_i.
+    """The gradients of the length M of the mean, (R, 1) > 0, each times its norm: n_i dM/dW_i.
 
-    Arguments:
-        magnitude, shares, norms: As for `magnitude_ratios`.
-        length: The length M, (R, 1), positive.
-
-    Returns:
-        Coefficients over the unit inputs, (R, N, N): a row for each input.
+    As coefficients over the unit inputs, (R, N, N): a row for each input.
     """
     if magnitude is Magnitude.LINEAR:
         parts = shares * norms
         return parts[:, :, None] * (parts[:, None, :] / length[:, :, None])
     scale = length * shares if magnitude is Magnitude.GEOMETRIC else norms * shares
-    gradients: Floats = scale[:, :, None] * np.eye(len(shares))
-    return gradients
+    return scale[:, :, None] * np.eye(len(shares))

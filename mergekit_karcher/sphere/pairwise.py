@@ -17,34 +17,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mergekit_karcher.sphere.descent import angles_to_point
+from mergekit_karcher.sphere.descent import Spheres
 from mergekit_karcher.sphere.trig import Floats
 
 
 @dataclass(frozen=True, eq=False)
 class PairwiseGeometry:
-    """The lengths of N vectors W_i and the angles between them, as seen from one origin.
+    """The lengths of N vectors W_i and the angles between them, seen from one origin; float64."""
 
-    norms: (N,) float64, |W_i|; NaN for a vector that is missing.
-    chords: (N, N) float64, |p_i - p_j|^2 in [0, 4]; NaN where one of the two is zero or missing.
-    """
-
-    norms: Floats
-    chords: Floats
+    norms: Floats  # (N,), |W_i|; NaN for a vector that is missing
+    chords: Floats  # (N, N), |p_i - p_j|^2 in [0, 4]; NaN where one is zero or missing
 
     @property
     def angles(self) -> Floats:
         """Radians between the vectors, (N, N); NaN as the chords are."""
-        angles: Floats = 2 * np.arctan2(np.sqrt(self.chords), np.sqrt(4 - self.chords))
-        return angles
-
-    @property
-    def squared_differences(self) -> Floats:
-        """|W_i - W_j|^2, (N, N)."""
-        n = self.norms
-        across = np.where((n[:, None] == 0) | (n == 0), 0, n[:, None] * n * self.chords)
-        differences: Floats = across + (n[:, None] - n) ** 2
-        return differences
+        return 2 * np.arctan2(np.sqrt(self.chords), np.sqrt(4 - self.chords))
 
     def take(self, index: NDArray[np.intp]) -> PairwiseGeometry:
         """The geometry of some of the vectors, in the order of index."""
@@ -58,13 +45,10 @@ class PairwiseGeometry:
         return PairwiseGeometry(norms, chords)
 
     def linear_length(self, shares: Floats) -> float:
-        """How much of their length the vectors keep in their weighted linear mean.
+        """|sum w_i W_i| / sum w_i |W_i|, at most 1: what is left of the lengths in a linear mean.
 
-        Arguments:
-            shares: The weights w_i, (N,); those of missing vectors do not count.
-
-        Returns:
-            |sum w_i W_i| / sum w_i |W_i|, at most 1; NaN where all vectors with a weight are zero.
+        shares: the w_i, (N,); those of missing vectors do not count. NaN where all with a weight
+        are zero.
         """
         index = np.flatnonzero(self.norms > 0)
         parts = shares[index] * self.norms[index]
@@ -75,30 +59,22 @@ class PairwiseGeometry:
         return float(np.sqrt(max(0.0, 1 - lost / total**2)))
 
     def angles_to(self, coefficients: Floats) -> Floats:
-        """The angles from the vectors to a combination of them.
+        """Radians from each W_i to sum k_i W_i, (N,); NaN where one of the two is zero.
 
-        Arguments:
-            coefficients: The k_i, (N,); those of missing vectors do not count.
-
-        Returns:
-            Radians from each W_i to sum k_i W_i, (N,); NaN where one of the two is zero.
+        coefficients: the k_i, (N,); those of missing vectors do not count.
         """
         angles = np.full(len(self.norms), np.nan)
         index = np.flatnonzero(self.norms > 0)
-        if index.size:
-            some = self.take(index)
-            angles[index] = angles_to_point(some.chords, coefficients[index] * some.norms)
+        some = self.take(index)
+        sphere = Spheres(some.chords[None], np.ones((1, len(index))))
+        angles[index] = sphere.angles_to((coefficients[index] * some.norms)[None])[0]
         return angles
 
     def chord_between(self, first: Floats, second: Floats) -> float:
-        """How far apart the directions of two combinations of the vectors are.
+        """The distance of sum a_i W_i / |sum a_i W_i| from sum b_i W_i / |sum b_i W_i|, at most 2.
 
-        Arguments:
-            first, second: The a_i and b_i, (N,); those of missing vectors do not count.
-
-        Returns:
-            The distance of sum a_i W_i / |sum a_i W_i| from sum b_i W_i / |sum b_i W_i|, at most 2;
-            NaN where one of the two is zero.
+        first, second: the a_i and b_i, (N,); those of missing vectors do not count. NaN where one
+        of the two sums is zero.
         """
         some = self.take(np.flatnonzero(self.norms > 0))
         units = []
@@ -113,34 +89,19 @@ class PairwiseGeometry:
 
 
 def geometry_of_gram(gram: Floats, exponents: NDArray[np.int64]) -> PairwiseGeometry:
-    """The geometry of vectors from their inner products.
-
-    Arguments:
-        gram: (N, N), <W_i, W_j> 2^-(e_i + e_j).
-        exponents: The e_i, (N,).
-
-    Returns:
-        The vectors as seen from zero.
-    """
+    """N vectors as seen from zero, from gram_ij = <W_i, W_j> 2^-(e_i + e_j) and exponents e."""
     scaled = np.sqrt(np.maximum(np.diagonal(gram), 0))
     lengths = np.where(scaled > 0, scaled, np.nan)
     chords = np.clip(2 - 2 * gram / lengths[:, None] / lengths, 0, 4)
     np.fill_diagonal(chords, np.where(scaled > 0, 0, np.nan))
-    return PairwiseGeometry(_double(np.ldexp(scaled, exponents)), _double(chords))
+    return PairwiseGeometry(np.ldexp(scaled, exponents).astype(float), chords.astype(float))
 
 
 def geometry_of_differences(gram: Floats, exponents: NDArray[np.int64]) -> PairwiseGeometry:
-    """The geometry of N vectors and their base from the inner products of differences.
+    """W_1 .. W_N and their base B as seen from zero, from a Gram matrix of W_i - B, and B the last.
 
-    What is subtracted is as small as the differences are, so that close ones keep their angles.
-
-    Arguments:
-        gram: (N + 1, N + 1), scaled by exponents as for `geometry_of_gram`; the first N vectors
-            are the differences W_i - B, the last is the base B itself.
-        exponents: (N + 1,).
-
-    Returns:
-        W_1 .. W_N and B as seen from zero.
+    gram: (N + 1, N + 1), scaled as for `geometry_of_gram`. What is subtracted is as small as the
+    differences are, so that close ones keep their angles.
     """
     scale = np.ldexp(np.ones(exponents.shape, np.longdouble), exponents)
     full = gram * scale[:, None] * scale
@@ -153,20 +114,14 @@ def geometry_of_differences(gram: Floats, exponents: NDArray[np.int64]) -> Pairw
     rise = np.append(squares + 2 * across, 0)  # |W_i|^2 - |B|^2
     sums = norms[:, None] + norms
     steps = (rise[:, None] - rise) / np.where(sums > 0, sums, 1)
-    return PairwiseGeometry(_double(norms), _double(_chords(apart, steps, norms)))
+    return PairwiseGeometry(norms.astype(float), _chords(apart, steps, norms).astype(float))
 
 
 def as_seen_from(sphere: PairwiseGeometry, index: int) -> PairwiseGeometry:
-    """The geometry of vectors as seen from one of them.
-
-    Arguments:
-        sphere: N vectors as seen from any origin.
-        index: The one that becomes the origin.
-
-    Returns:
-        The N vectors; the one that is now the origin counts as missing.
-    """
-    squared = sphere.squared_differences
+    """The same vectors as seen from the one at index, which then counts as missing."""
+    n = sphere.norms
+    across = np.where((n[:, None] == 0) | (n == 0), 0, n[:, None] * n * sphere.chords)
+    squared = across + (n[:, None] - n) ** 2
     norms = np.sqrt(squared[index])
     chords = _chords(squared, norms[:, None] - norms, norms)
     norms[index] = np.nan
@@ -174,14 +129,10 @@ def as_seen_from(sphere: PairwiseGeometry, index: int) -> PairwiseGeometry:
 
 
 def joined(spheres: Sequence[PairwiseGeometry]) -> PairwiseGeometry:
-    """The geometry of vectors that consist of parts, such as models of tensors.
+    """The geometry of N vectors that consist of parts, such as models of tensors.
 
-    Arguments:
-        spheres: The geometry of each part, all of N vectors.
-
-    Returns:
-        The whole vectors. A part that a vector misses adds nothing to it; the chord between two
-        vectors counts the parts that neither of them misses.
+    A part that a vector misses adds nothing to it; the chord between two vectors counts the parts
+    that neither of them misses.
     """
     norms = np.array([sphere.norms for sphere in spheres])
     parts = np.array([np.nan_to_num(sphere.chords) for sphere in spheres])
@@ -205,8 +156,3 @@ def _chords(squared: Floats, steps: Floats, norms: Floats) -> Floats:
     chords = np.clip((squared - steps**2) / lengths[:, None] / lengths, 0, 4)
     np.fill_diagonal(chords, np.where(norms > 0, 0, np.nan))
     return chords
-
-
-def _double(values: Floats) -> Floats:
-    """As float64: a report needs no more digits."""
-    return values.astype(np.float64)

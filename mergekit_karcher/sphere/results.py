@@ -28,18 +28,12 @@ class Status(enum.Enum):
 class SphereMeans:
     """The means on R spheres of N inputs each, W = sum_i coefficients_i W_i.
 
-    coefficients: (R, N) float64; zero for an input without direction, unless none has one.
-    angles: (R, N) float64, radians from each input to the mean; NaN where either has no direction.
-        Computed from a Gram matrix: below 1e-7 rad only the order of magnitude is meaningful.
-    iterations: (R,) steps taken, over the start that won.
-    residuals: (R,) radians, the tangent step that remains; NaN for a fall-back.
-    unique: (R,) whether the inputs were proven to have one mean, to which the steps lead.
-    statuses: (R,) of Status.
+    All but the statuses as in `KarcherMean`, for each sphere instead of the worst of them.
     """
 
-    coefficients: Floats
-    angles: Floats
-    iterations: NDArray[np.int64]
-    residuals: Floats
-    unique: Bools
-    statuses: NDArray[Any]
+    coefficients: Floats  # (R, N)
+    angles: Floats  # (R, N)
+    iterations: NDArray[np.int64]  # (R,)
+    residuals: Floats  # (R,)
+    unique: Bools  # (R,)
+    statuses: NDArray[Any]  # (R,) of Status

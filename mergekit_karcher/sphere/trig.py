@@ -20,32 +20,20 @@ _SMALLEST_SINE = 1e-8
 
 
 class AngleTerms(NamedTuple):
-    """Functions of theta, elementwise; all arrays of one shape and dtype.
+    """Functions of theta, elementwise; all arrays of one shape and dtype."""
 
-    theta: radians in [0, pi].
-    theta_over_sin: theta / sin(theta), 1 at zero.
-    theta_cot: theta cot(theta), 1 at zero.
-    curvature: (1 - theta cot(theta)) / sin(theta)^2, 1/3 at zero.
-    """
-
-    theta: Floats
-    theta_over_sin: Floats
-    theta_cot: Floats
-    curvature: Floats
+    theta: Floats  # radians in [0, pi]
+    theta_over_sin: Floats  # theta / sin(theta), 1 at zero
+    theta_cot: Floats  # theta cot(theta), 1 at zero
+    curvature: Floats  # (1 - theta cot(theta)) / sin(theta)^2, 1/3 at zero
 
 
 def angle_terms(versine: Floats) -> AngleTerms:
-    """The functions of an angle that has a given versine.
+    """Those of angles with versines h = 1 - cos(theta) in [0, 2], of any shape.
 
-    theta = 2 atan2(sqrt(h), sqrt(2 - h)) keeps full relative accuracy at both ends, where
-    arccos(1 - h) does not.
-
-    Arguments:
-        versine: h = 1 - cos(theta), in [0, 2], of any shape.
-
-    Returns:
-        The functions, finite everywhere; near pi, where they have a pole, they are capped.
+    They are finite everywhere; near pi, where they have a pole, they are capped.
     """
+    # Full relative accuracy at both ends, which arccos(1 - h) does not have.
     theta = 2 * np.arctan2(np.sqrt(versine), np.sqrt(2 - versine))
     sine = np.maximum(np.sqrt(versine * (2 - versine)), _SMALLEST_SINE * (versine > 1))
     tiny = theta < _SERIES_BELOW
@@ -63,5 +51,4 @@ def angle_terms(versine: Floats) -> AngleTerms:
 
 def times(matrices: Floats, vectors: Floats) -> Floats:
     """The products of matrices (R, M, N) with one vector for each of them (R, N), as (R, M)."""
-    product: Floats = (matrices @ vectors[:, :, None])[:, :, 0]
-    return product
+    return (matrices @ vectors[:, :, None])[:, :, 0]

@@ -23,48 +23,31 @@ def gram_rounding(count: int) -> float:
 
 
 def near_a_pole(versines: Floats, directed: Bools) -> Bools:
-    """Whether all inputs are nearer than pi/2 to one point, the pole of an open hemisphere.
+    """(R,): whether all inputs are nearer than pi/2 to one point, the pole of an open hemisphere.
 
-    Arguments:
-        versines: 1 - cos of the angle from each input to that point, (R, N).
-        directed: Which of the inputs count, (R, N).
-
-    Returns:
-        (R,)
+    versines (R, N): 1 - cos of the angle from each input to it. directed: which inputs count.
     """
     near = (versines < 1 - _RIGHT_ANGLE_MARGIN) | ~directed
     return np.asarray(near.all(-1))
 
 
 def linearly_independent(unit: Floats) -> Bools:
-    """Whether unit inputs are linearly independent, so that they lie in an open hemisphere.
+    """(R,): whether unit inputs are linearly independent, so that they lie in an open hemisphere.
 
-    By Weyl's inequality the smallest eigenvalue is off by no more than the Gram matrix is.
-
-    Arguments:
-        unit: Their Gram matrices, (R, N, N).
-
-    Returns:
-        (R,)
+    unit: their Gram matrices, (R, N, N). By Weyl's inequality the smallest eigenvalue is off by no
+    more than those are.
     """
     smallest = np.linalg.eigvalsh(unit.astype(np.float64))[:, 0]
-    independent: Bools = smallest > gram_rounding(unit.shape[-1])
-    return independent
+    return np.asarray(smallest > gram_rounding(unit.shape[-1]))
 
 
 def in_open_hemisphere(unit: Floats) -> Bools:
-    """Whether some y has <p_i, y> > 0 for all i.
+    """(R,): whether some y has <p_i, y> > 0 for all i; False also where rounding leaves it open.
 
-    That is so exactly if zero is not in the convex hull of the inputs. The squared distance d^2
-    of the hull from zero comes from a non-negative least squares problem (Lawson & Hanson's LDP):
-    min |P l|^2 + (1 - sum l)^2 over l >= 0 is d^2 / (1 + d^2). It is solved by Lawson and Hanson's
-    active sets, on all R at once.
-
-    Arguments:
-        unit: The Gram matrices of the p_i, (R, N, N).
-
-    Returns:
-        (R,); False also where rounding errors leave it open.
+    That is so exactly if zero is not in the convex hull of the inputs, whose Gram matrices unit
+    (R, N, N) holds. The squared distance d^2 of the hull from zero comes from a non-negative least
+    squares problem (Lawson & Hanson's LDP): min |P l|^2 + (1 - sum l)^2 over l >= 0 is
+    d^2 / (1 + d^2). It is solved by Lawson and Hanson's active sets, on all R at once.
     """
     rows, count = unit.shape[:2]
     diagonal = np.arange(count)

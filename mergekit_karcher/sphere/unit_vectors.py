@@ -8,29 +8,18 @@ from mergekit_karcher.sphere.trig import Floats
 
 
 def normalised(weights: Floats) -> Floats:
-    """Weights that sum to one.
-
-    Arguments:
-        weights: (..., N), finite and >= 0, not all zero.
-
-    Returns:
-        The weights (..., N) over their sum. Dividing by the largest first keeps the sum finite.
-    """
+    """Weights (..., N), finite and >= 0, not all zero, over their sum."""
+    # Dividing by the largest first keeps the sum finite.
     shares: Floats = weights / weights.max(-1, keepdims=True)
-    normal: Floats = shares / shares.sum(-1, keepdims=True)
-    return normal
+    shares /= shares.sum(-1, keepdims=True)
+    return shares
 
 
 def unit_grams(grams: Floats) -> tuple[Floats, Floats]:
-    """The norms of inputs, and the Gram matrices of their directions.
+    """The norms (R, N) of inputs, and the inner products (R, N, N) of the unit inputs.
 
-    Arguments:
-        grams: Inner products of the inputs, (R, N, N).
-
-    Returns:
-        Norms (R, N), and inner products of the unit inputs (R, N, N). An input of norm zero becomes
-        a unit vector at right angles to all others: with a weight of zero it takes no part in
-        anything.
+    An input of norm zero becomes a unit vector at right angles to all others: with a weight of zero
+    it takes no part in anything.
     """
     norms = np.sqrt(np.maximum(np.diagonal(grams, axis1=1, axis2=2), 0))
     lengths = np.where(norms > 0, norms, 1)

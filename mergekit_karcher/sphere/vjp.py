@@ -27,19 +27,12 @@ def vjp(
     means: SphereMeans,
     magnitude: Magnitude,
 ) -> tuple[Floats, Floats]:
-    """Coefficients of the vector-Jacobian products of R means.
+    """a (R, N) and B (R, N, N), with the gradients dW_i = a_i v + sum_j B_ij W_j of R means.
 
-    Arguments:
-        grams: (R, N + 1, N + 1), inner products of W_1 .. W_N and the upstream gradient v, scaled
-            by exponents (R, N + 1) as in `solve_means`.
-        weights: (N,), as given there.
-        means: What it returned.
-        magnitude: As given there.
-
-    Returns:
-        a (R, N) and B (R, N, N), with the gradients dW_i = a_i v + sum_j B_ij W_j. They are zero
-        for an input without direction and where the mean has no length; those of the linear mean
-        where it was returned as the fall-back.
+    All is as for `solve_means`, which returned means, but that the grams (R, N + 1, N + 1) and
+    exponents have the upstream gradient v as the last vector. Gradients are zero for an input
+    without direction and where the mean has no length, and those of the linear mean where it was
+    returned as the fall-back.
     """
     shares = normalised(weights)
     rows, count = len(grams), len(shares)
@@ -57,26 +50,20 @@ def vjp(
     # Zeros have no such equation either: not a mean of zeros, nor one that a zero makes zero.
     solved = np.flatnonzero(~fallen_back & (per_norm > 0).any(-1))
     if solved.size:
-        ahead[solved], among[solved] = _implicit(
-            unit[solved],
-            norms[solved],
-            per_norm[solved],
-            inner[solved],
-            shares,
-            means.coefficients[solved],
-            magnitude,
-        )
+        of_rows = (unit, norms, per_norm, inner, means.coefficients)
+        values = (array[solved] for array in of_rows)
+        ahead[solved], among[solved] = _implicit(magnitude, shares, *values)
     return ahead, among
 
 
 def _implicit(
+    magnitude: Magnitude,
+    shares: Floats,
     unit: Floats,
     norms: Floats,
     per_norm: Floats,
     inner: Floats,
-    shares: Floats,
     coefficients: Floats,
-    magnitude: Magnitude,
 ) -> tuple[Floats, Floats]:
     """The same for means of length M > 0; per_norm: M / |W_i|, and inner: <p_i, v>, are (R, N)."""
     directed = norms > 0
