@@ -397,8 +397,8 @@ def test_parameters_of_other_methods_are_left_to_them(three_models, merge):
     assert merge(config).weights
 
 
-def test_what_mergekit_itself_refuses_comes_through(three_models, merge, tmp_path):
-    """A shape mismatch, a truncated file, a missing tensor: its message, no success, no model."""
+def test_files_that_do_not_fit_leave_nothing_that_loads(three_models, merge, tmp_path):
+    """A shape mismatch, a truncated file, a missing tensor: a message, no success, no model."""
     wide = llama(tmp_path / "wide", 5, extra_words=3)
     truncated = Path(shutil.copytree(three_models[1], tmp_path / "truncated"))
     shard = max(truncated.glob("*.safetensors"), key=lambda path: path.stat().st_size)
@@ -409,7 +409,7 @@ def test_what_mergekit_itself_refuses_comes_through(three_models, merge, tmp_pat
     del content["weight_map"]["model.layers.1.mlp.up_proj.weight"]
     index.write_text(json.dumps(content))
     for number, (model, word) in enumerate(
-        [(wide, "size mismatch"), (truncated, ""), (missing, "up_proj.weight")]
+        [(wide, "vocabularies differ"), (truncated, ""), (missing, "up_proj.weight")]
     ):
         outcome = merge(bf16_config([three_models[0], str(model)]), name=f"m{number}")
         assert outcome.exit_code != 0

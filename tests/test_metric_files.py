@@ -155,8 +155,10 @@ def test_experts_that_transformers_stacks_are_named_as_in_the_checkpoint(
         if method == "fisher":
             expected = fisher_mean(inputs, metrics)
         else:
-            expected, _ = karcher_mean(inputs, metrics=metrics, granularity=granularity)
-        assert torch.equal(merged, expected)
+            # The rows are the output units of all experts.
+            rows = [[tensor.flatten(0, 1) for tensor in of] for of in (inputs, metrics)]
+            expected, _ = karcher_mean(rows[0], metrics=rows[1], granularity=granularity)
+        assert torch.equal(merged, expected.view_as(merged))
 
 
 def test_models_that_are_not_whole_or_have_no_such_likelihood(run_fisher, classifier, tmp_path):

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mergekit_karcher.host.quantised import dequantising
+
 _FORCED, _LIFTED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
@@ -37,6 +39,7 @@ def open_checkpoint(reference: str, cache: str | None = None) -> OpenCheckpoint:
     Raises:
         Exception: Whatever mergekit, huggingface_hub or torch raise where there is no checkpoint,
             or where it is a pickle that holds more than tensors.
+        KarcherError: If it is quantised in a way that is not read here.
     """
     from mergekit.common import ModelReference
     from mergekit.io import LazyTensorLoader, ShardedTensorIndex
@@ -49,7 +52,8 @@ def open_checkpoint(reference: str, cache: str | None = None) -> OpenCheckpoint:
             model = ModelReference.parse(reference)
             folder = Path(model.local_path(cache_dir=cache))
             index = ShardedTensorIndex.from_disk(str(folder))
-    return OpenCheckpoint(folder, index, LazyTensorLoader(index, lazy_unpickle=False))
+        loader = dequantising(LazyTensorLoader(index, lazy_unpickle=False), reference)
+    return OpenCheckpoint(folder, loader.index, loader)
 
 
 @contextmanager

@@ -99,6 +99,27 @@ def warn_of_a_base_that_takes_part(merges: Iterable[Any]) -> None:
         )
 
 
+def check_casts(merge: Any) -> None:
+    """Raise if a cast to the dtype of the config made a value of an input infinite.
+
+    For a merge task whose inputs are known to hold one; reads them once more, as their files are.
+    """
+    for model, load in loads_of(merge):
+        if load.dtype is None:
+            continue
+        tensor = load.model_copy(update={"dtype": None}).execute()
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        cast = load.execute()
+        lost = tensor.isfinite() & ~cast.isfinite()
+        if lost.any():
+            raise KarcherError(
+                f"{merge.output_weight.name} of {model} holds {tensor[lost][0].item():.4g}, which "
+                f"is too large for dtype: {load.dtype} though not for the {tensor.dtype} of its "
+                "file: take dtype: bfloat16 or float32."
+            )
+
+
 def _by_name(merge: Any) -> dict[str, float]:
     return {str(model): weight for model, weight in weights_of(merge).items()}
 

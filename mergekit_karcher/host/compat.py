@@ -39,6 +39,7 @@ _REQUIRED = {
     ],
     "mergekit.io.tasks": [
         "LoaderCache.get",
+        "LoaderCache.loaders",
         "LoadTensor._resolve_name",
         "GatherTensors.weight_info",
         "SaveTensor.tensor_task",
@@ -52,6 +53,7 @@ _REQUIRED = {
         "plan_flat_merge",
         "RawPyTorchMergeConfig",
         "SimpleLoaderCache.get",
+        "SimpleLoadTensor.model",
         "SimpleLoadTensor.tensor_name",
     ],
 }
@@ -134,3 +136,11 @@ def resolved_name(load: Any, loader: Any) -> str | None:
     """The name under which a checkpoint has the tensor of a `LoadTensor` task, or None."""
     name: str | None = load._resolve_name(loader)
     return name
+
+
+def conversions(model_type: str | None) -> list[Any]:
+    """What transformers does with a family's checkpoints to get the tensors of its networks."""
+    mapping: Any = importlib.import_module("transformers.conversion_mapping")
+    if model_type is None:
+        return []
+    return mapping.get_checkpoint_conversion_mapping(model_type) or []

@@ -20,22 +20,26 @@ def with_merges_replaced(tasks: Sequence[Any], new: Mapping[int, Any]) -> list[A
 
     Arguments:
         tasks: The plan.
-        new: The new tasks, by the id of those that they replace.
+        new: The new tasks, by the id of those that they replace; those without one are dropped.
 
     Returns:
         The plan, in the same order, with the tasks that save or return what was merged changed.
     """
-    changed = {
-        id(task): task.model_copy(update={"tensor_task": new[id(task.tensor_task)]})
-        for task in tasks
-        if id(getattr(task, "tensor_task", None)) in new
-    }
+    changed: dict[int, Any] = {}
+    for task in tasks:
+        if getattr(task, "tensor_task", None) is None:
+            continue
+        ours = new.get(id(task.tensor_task))
+        # Whole numbers stay what they are: as bfloat16 they would be others.
+        dtype = {"dtype": None} if ours is not None and ours.is_whole_numbers else {}
+        changed[id(task)] = ours and task.model_copy(update={"tensor_task": ours, **dtype})
     result = []
     for task in tasks:
         if hasattr(task, "tensor_save_tasks"):
-            saves = tuple(changed.get(id(save), save) for save in task.tensor_save_tasks)
-            result.append(task.model_copy(update={"tensor_save_tasks": saves}))
-        else:
+            saves = (changed.get(id(save), save) for save in task.tensor_save_tasks)
+            saved = tuple(save for save in saves if save is not None)
+            result.append(task.model_copy(update={"tensor_save_tasks": saved}))
+        elif changed.get(id(task), task) is not None:
             result.append(changed.get(id(task), task))
     return result
 
@@ -50,12 +54,13 @@ def saved_dtypes(tasks: Iterable[Any]) -> dict[int, str | None]:
 
 
 def loads_of(merge: Any) -> Iterator[tuple[Any, Any]]:
-    """The tasks that load the inputs of a merge task, with their models."""
+    """The tasks that load the inputs of a merge task, with their models, in the config's order."""
     gather = _innermost_gather(merge)
     if hasattr(gather, "tensors"):  # of mergekit-pytorch
-        yield from gather.tensors.items()
+        loads = dict(gather.tensors.items())
     else:
-        yield from ((load.model, load) for load in gather.arguments().values())
+        loads = {load.model: load for load in gather.arguments().values()}
+    return ((model, loads[model]) for model in merge.model_order if model in loads)
 
 
 def weights_read(merge: Any) -> Iterable[tuple[Any, Any]]:
@@ -87,8 +92,16 @@ def changes_vocabulary(merge: Any) -> bool:
 def is_in_checkpoint(load: Any) -> bool:
     """Whether a checkpoint has what a load task is to read, or must have it."""
     if _is_raw(load):
-        return _name_in_checkpoint(load) in _loader(load).index.tensor_paths
+        return _name_in_checkpoint(load) in loader_of(load).index.tensor_paths
     return not load.optional or _name_in_checkpoint(load) is not None
+
+
+def uncast(gather: Any) -> Any:
+    """A gather task that reads its tensors in the dtypes that their files have."""
+    if hasattr(gather, "tensors"):  # of mergekit-pytorch
+        loads = {m: t.model_copy(update={"dtype": None}) for m, t in gather.tensors.items()}
+        return gather.model_copy(update={"tensors": type(gather.tensors)(loads)})
+    return gather.model_copy(update={"dtype": None})
 
 
 def names_of(load: Any) -> list[str]:
@@ -112,7 +125,7 @@ def model_type_of(load: Any) -> str | None:
 def is_buffer(load: Any) -> bool:
     """Whether a checkpoint has whole numbers there, which are copied; reads the tensor."""
     name = _name_in_checkpoint(load)
-    return name is not None and not _loader(load).get_tensor(name).is_floating_point()
+    return name is not None and not loader_of(load).get_tensor(name).is_floating_point()
 
 
 def only_tied(merge: Any) -> bool:
@@ -136,10 +149,11 @@ def _is_raw(load: Any) -> bool:
 def _name_in_checkpoint(load: Any) -> str | None:
     if _is_raw(load):
         return str(load.tensor_name)
-    return compat.resolved_name(load, _loader(load))
+    return compat.resolved_name(load, loader_of(load))
 
 
-def _loader(load: Any) -> Any:
+def loader_of(load: Any) -> Any:
+    """mergekit's loader of the checkpoint that a load task reads."""
     if _is_raw(load):
         from mergekit.scripts.merge_raw_pytorch import SimpleLoaderCache as Cache
     else:

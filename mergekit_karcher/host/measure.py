@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,27 +48,42 @@ def report_on(path: Path, options: Any) -> Report:
     """
     register()
     # These need mergekit's own classes, which are there now.
-    from mergekit_karcher.host.plan import checked_run, means_only
+    from mergekit_karcher.host.metric_loads import MetricFiles
+    from mergekit_karcher.host.plan import OurTasks, checked_run
+    from mergekit_karcher.host.preflight import Checkpoints, left_out, problems
     from mergekit_karcher.host.report_context import planned_of
 
     document = read_config(path)
     _check_devices(options)
     asked_for = str(document.get("merge_method"))
-    config, tasks = _planned_as_karcher(document, asked_for, options)
-    merges = merge_tasks(tasks, NAMES)
+    config, tasks, sliced = _planned_as_karcher(document, asked_for, options)
+    checkpoints = Checkpoints()
+    merges = checkpoints.present(merge_tasks(tasks, NAMES))
     if not merges:
         raise KarcherError(f"There is nothing to report on in {path}: it merges no tensor.")
+    _stop_for([*problems(merges, checkpoints, sliced=sliced)])
+    for sentence in left_out(merges, checkpoints, sliced=sliced):
+        logging.getLogger(__name__).warning(sentence)
     run = checked_run(merges, config, path.name, KARCHER, watched=True)
     planned = planned_of(config, merges, asked_for)
     if all(_input_count(merge) < 2 for merge in merges):
         raise KarcherError(
             f"There is nothing to compare in {path}: every tensor comes from one model."
         )
-    results = [*_executed(means_only(merges, run, options), options)]
+    metrics = MetricFiles(options.transformers_cache)
+    ours = OurTasks(run, metrics, checkpoints).means_only(merges)
+    results = [*_executed(ours, options)]
     means = dict(run.means)
     if isinstance(results[0], KarcherMean):
         means = dict.fromkeys(run.observations, results[0])
     return build(planned, run.observations, means)
+
+
+def _stop_for(reasons: Sequence[str]) -> None:
+    if reasons:
+        listed = "\n".join(f"- {reason}" for reason in reasons) if len(reasons) > 1 else reasons[0]
+        several = f"{len(reasons)} things would stop this merge:\n" if len(reasons) > 1 else ""
+        raise KarcherError(several + listed)
 
 
 def _check_devices(options: Any) -> None:
@@ -95,8 +111,9 @@ def _planned_as_karcher(
             raise KarcherError(f"There is no model at {place}.")
     raw = any(model.endswith(RAW_SUFFIXES) for model in models)
     with restricted_unpickling():
-        config, tasks = (_planned_raw if raw else _planned)(document, options)
-    return config, tasks if asked_for in NAMES else [_as_ours(task) for task in tasks]
+        config, tasks, sliced = (_planned_raw if raw else _planned)(document, options)
+    ours = tasks if asked_for in NAMES else [_as_ours(task) for task in tasks]
+    return config, ours, sliced
 
 
 def _as_ours(task: Any) -> Any:
@@ -107,7 +124,11 @@ def _as_ours(task: Any) -> Any:
     if merge is None:
         return task
     around_base = merge.base_model in merge.model_order and len(merge.model_order) > 2
-    parameters = {**dict(merge.parameters.items()), "origin": "base" if around_base else "zero"}
+    parameters = {
+        **dict(merge.parameters.items()),
+        "origin": "base" if around_base else "zero",
+        "left_out": "drop",
+    }
     weights = {m: abs(values["weight"]) for m, values in merge.input_parameters.items()}
     counted = [w for m, w in weights.items() if not (around_base and m == merge.base_model)]
     if not any(counted):
@@ -150,8 +171,9 @@ def _planned(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]
     models = config.referenced_models()
     cache = LoaderCache()
     cache.setup(options=options)
-    for model in tqdm(models, desc="Warmup loader cache", disable=options.quiet):
-        cache.get(model)
+    from mergekit_karcher.host.plan import dequantise, names_layers
+
+    dequantise(cache, tqdm(models, desc="Warmup loader cache", disable=options.quiet))
     planner = MergePlanner(
         config,
         get_architecture_info(config, options),
@@ -161,7 +183,8 @@ def _planned(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]
     check_settings(config, compat.method_of(planner).spec)
     # Without what is added to the plan of a merge. The tasks that would write are not run.
     # (plan_in_memory of mergekit 0.1.5 does not validate its own tasks.)
-    return config, compat.original(MergePlanner.plan_to_disk)(planner, "")
+    sliced = names_layers(config)
+    return config, compat.original(MergePlanner.plan_to_disk)(planner, ""), sliced
 
 
 def _planned_raw(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]]:
@@ -172,10 +195,13 @@ def _planned_raw(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[
 
     config = _validated(merge_raw_pytorch.RawPyTorchMergeConfig, document)
     check_settings(config, merge_methods.get(config.merge_method).spec)
+    from mergekit_karcher.host.plan import dequantise_raw
+
+    dequantise_raw(merge_raw_pytorch.SimpleLoaderCache(), config, options)
     plan = compat.original(merge_raw_pytorch.plan_flat_merge)
     with contextlib.redirect_stderr(io.StringIO()) if options.quiet else contextlib.nullcontext():
         tasks = plan(config, "", tensor_union=True, tensor_intersection=False, options=options)
-    return config, tasks
+    return config, tasks, False
 
 
 def _validated(kind: Any, document: dict[str, Any]) -> Any:

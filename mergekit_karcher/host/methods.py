@@ -18,6 +18,7 @@ from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.host.checks import check_uniform, no_base
 from mergekit_karcher.host.parameters import FISHER_PARAMETERS, KARCHER_PARAMETERS, settings_of
+from mergekit_karcher.host.rows import RowLayout
 from mergekit_karcher.host.run import FISHER, MergeRun
 from mergekit_karcher.means.autograd import merge, merge_whole
 from mergekit_karcher.means.finite import check_result
@@ -34,17 +35,29 @@ class TensorToMerge(NamedTuple):
 
     group: its inputs, of one dtype. parameters: those of the method, by name. run: the merge that
     it is part of, which is told of it. metrics: those of the inputs that have one, by model; None
-    if the tensor is merged without metrics.
+    if the tensor is merged without metrics. rows: where its output units lie.
     """
 
     group: TensorGroup
     parameters: Mapping[str, Any]
     run: MergeRun
     metrics: Mapping[Any, torch.Tensor] | None = None
+    rows: RowLayout = RowLayout.FIRST
+
+    @property
+    def name(self) -> str:
+        """What the output tensor is called."""
+        return self.group.metadata.name or "the tensor"
+
+    @property
+    def layout(self) -> RowLayout:
+        """How the tensor is turned so that its rows, if they count as vectors, are output units."""
+        by_row = self.parameters.get("granularity") == "row"
+        return self.rows if by_row else RowLayout.FIRST
 
     def inputs(self, *, around_base: bool, without_base: bool) -> Inputs:
         """The inputs that have a weight, checked; around_base: and their base apart."""
-        group, name = self.group, self.group.metadata.name or "the tensor"
+        group, name, turned = self.group, self.name, self.layout.rows_first
         if around_base and group.base is None:
             raise no_base(name)
         entries = group.non_base if without_base else group.entries
@@ -52,13 +65,13 @@ class TensorToMerge(NamedTuple):
         if self.metrics is not None:
             loaded = [self.metrics.get(entry.id) for entry in entries]
             device = entries[0].tensor.device
-            metrics = [None if metric is None else metric.to(device) for metric in loaded]
+            metrics = [None if m is None else turned(m.to(device)) for m in loaded]
         return checked_inputs(
             name,
-            [entry.tensor for entry in entries],
+            [turned(entry.tensor) for entry in entries],
             [self.run.label(name, str(entry.id)) for entry in entries],
             self.parameters["weight"].values_for(entries),
-            base=group.base.tensor if around_base else None,
+            base=turned(group.base.tensor) if around_base else None,
             metrics=metrics,
         )
 
@@ -165,7 +178,7 @@ class KarcherMerge(_InMemory):
         else:
             result = combined(inputs, mean, saved_as)
         run.record(inputs.name, mean, len(tensor.group.entries))
-        return result
+        return tensor.layout.restored(result, tensor.group.tensors[0].shape)
 
     def measure(self, tensor: TensorToMerge) -> None:
         """The mean of one tensor, told to its run like that of a merge, without an output."""

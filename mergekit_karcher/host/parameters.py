@@ -54,7 +54,10 @@ _FLOOR = _parameter(
     "floor", float, "a fraction of 0 or more, such as 1e-6", FLOOR, check=check_floor
 )
 
-FISHER_PARAMETERS = (_WEIGHT, _METRIC, _ORIGIN, _FLOOR)
+# Of tensors that every model has and mergekit does not plan.
+_LEFT_OUT = _parameter("left_out", Literal["stop", "drop"], "stop or drop", "stop")
+
+FISHER_PARAMETERS = (_WEIGHT, _METRIC, _ORIGIN, _FLOOR, _LEFT_OUT)
 
 KARCHER_PARAMETERS = (
     _WEIGHT,
@@ -82,6 +85,7 @@ KARCHER_PARAMETERS = (
         TOL,
         check=lambda value: check_stopping(MAX_ITER, value),
     ),
+    _LEFT_OUT,
 )
 
 

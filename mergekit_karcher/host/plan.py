@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
+from mergekit.io.tasks import LoaderCache
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.host import compat
@@ -27,6 +28,7 @@ from mergekit_karcher.host.config_checks import (
 )
 from mergekit_karcher.host.graph import (
     has_metric,
+    loads_of,
     merge_tasks,
     only_tied,
     saved_dtypes,
@@ -34,11 +36,14 @@ from mergekit_karcher.host.graph import (
     with_merges_replaced,
 )
 from mergekit_karcher.host.metric_loads import MetricFiles, warn_of_mixed_metrics
+from mergekit_karcher.host.preflight import Checkpoints, problems
+from mergekit_karcher.host.quantised import dequantising, without_quantisation
 from mergekit_karcher.host.report_context import planned_of
 from mergekit_karcher.host.run import FISHER, KARCHER, MergeRun, announce
 from mergekit_karcher.host.tasks import (
     MergeTensor,
     ModelMean,
+    OfInputs,
     TensorMean,
     TensorProducts,
     report_task,
@@ -48,6 +53,8 @@ from mergekit_karcher.report.store import make_folder
 _LOG = logging.getLogger(__name__)
 
 _REPORT = "MERGEKIT_KARCHER_REPORT"
+
+T = TypeVar("T", bound=OfInputs)
 
 
 def patch_planner(planner: Any) -> None:
@@ -59,10 +66,13 @@ def patch_planner(planner: Any) -> None:
                 _warn_of_no_report(self.config.merge_method)
                 return plan(self, *arguments, **options)
             check_settings(self.config, compat.method_of(self).spec)
+            sliced = names_layers(self.config)
+            dequantise(LoaderCache(), self.config.referenced_models())
+            without_quantisation(self.out_model_config)
             tasks = plan(self, *arguments, **options)
             # In memory there is no place that the merge could be called by.
             path = next(iter((*arguments, *options.values())), "in memory")
-            return rewrite_plan(tasks, self.config, path, self.options)
+            return rewrite_plan(tasks, self.config, path, self.options, sliced=sliced)
 
         return rewritten
 
@@ -79,8 +89,9 @@ def patch_flat_planner(module: Any) -> None:
                 _warn_of_no_report(config.merge_method)
                 return plan(config, out_path, *arguments, **options)
             check_settings(config, module.merge_methods.get(config.merge_method).spec)
-            tasks = plan(config, out_path, *arguments, **options)
             merge_options = (*arguments, *options.values())[-1]
+            dequantise_raw(module.SimpleLoaderCache(), config, merge_options)
+            tasks = plan(config, out_path, *arguments, **options)
             return rewrite_plan(tasks, config, out_path, merge_options)
 
         return rewritten
@@ -88,7 +99,9 @@ def patch_flat_planner(module: Any) -> None:
     compat.put_in_place_of(module, "plan_flat_merge", rewriting)
 
 
-def rewrite_plan(tasks: Sequence[Any], config: Any, out_path: str, options: Any) -> list[Any]:
+def rewrite_plan(
+    tasks: Sequence[Any], config: Any, out_path: str, options: Any, *, sliced: bool = False
+) -> list[Any]:
     """A plan of one of our methods, checked, with our tasks in the place of its merges.
 
     Arguments:
@@ -96,6 +109,7 @@ def rewrite_plan(tasks: Sequence[Any], config: Any, out_path: str, options: Any)
         config: The config that it was made from.
         out_path: Where the result goes, whose name the summary has.
         options: mergekit's `MergeOptions`.
+        sliced: Whether the config names layers itself.
 
     Returns:
         The plan that is to run.
@@ -108,28 +122,25 @@ def rewrite_plan(tasks: Sequence[Any], config: Any, out_path: str, options: Any)
     folder = _report_folder(title) if method == KARCHER else None
     if method == FISHER:
         _warn_of_no_report(FISHER)
-    merges = merge_tasks(tasks, (config.merge_method,))
+    checkpoints = Checkpoints()
+    merges = checkpoints.present(merge_tasks(tasks, (config.merge_method,)))
     if not merges:
         raise KarcherError(
             f"mergekit planned no tensor that merge_method: {config.merge_method} could merge: "
             "upgrade mergekit-karcher if the models have tensors of floating-point numbers."
         )
+    for problem in problems(merges, checkpoints, sliced=sliced):
+        raise KarcherError(problem)
     run = checked_run(merges, config, title, method, watched=folder is not None)
     announce(run)
     if method == KARCHER:
         warn_of_a_base_that_takes_part(merges)
-    files = MetricFiles(options.transformers_cache)
+    tasks_of = OurTasks(run, MetricFiles(options.transformers_cache), checkpoints)
     saved = saved_dtypes(tasks)
-    mean = None
-    if method == KARCHER and _is_whole(merges):
-        mean = model_mean(merges, files, run)
+    mean = tasks_of.model_mean(merges) if method == KARCHER and _is_whole(merges) else None
     new = {
-        id(merge): MergeTensor(
-            merge=merge,
-            metrics=files.loads(merge) if mean is None and has_metric(merge) else None,
-            run=run,
-            mean=mean,
-            saved_as=saved[id(merge)],
+        id(merge): tasks_of.make(
+            MergeTensor, merge, with_metrics=mean is None, mean=mean, saved_as=saved[id(merge)]
         )
         for merge in merges
     }
@@ -166,43 +177,76 @@ def checked_run(
     return run
 
 
-def means_only(merges: Sequence[Any], run: MergeRun, options: Any) -> list[Any]:
-    """Tasks that take the means of a plan's merge tasks, and combine nothing.
+class OurTasks:
+    """Makes the tasks of one plan of ours.
 
-    Arguments:
-        merges: The tasks, as mergekit planned them.
-        run: The merge that they are of, which is told of each.
-        options: mergekit's `MergeOptions`.
-
-    Returns:
-        One task for each of them, or with granularity model a single one for all.
+    run: the merge that they are of, which is told of each tensor. metrics: the metrics that its
+    config names. checkpoints: what its models hold.
     """
-    files = MetricFiles(options.transformers_cache)
-    if _is_whole(merges):
-        return [model_mean(merges, files, run)]
-    return [
-        TensorMean(merge=merge, metrics=files.loads(merge) if has_metric(merge) else None, run=run)
-        for merge in merges
-    ]
 
+    def __init__(self, run: MergeRun, metrics: MetricFiles, checkpoints: Checkpoints) -> None:
+        self._run, self._metrics, self._checkpoints = run, metrics, checkpoints
 
-def model_mean(merges: Sequence[Any], files: MetricFiles, run: MergeRun) -> ModelMean:
-    """The task that takes the mean of whole models.
-
-    Tied weights, which a checkpoint has once and the plan reads twice, count once.
-    """
-    parts = tuple(
-        TensorProducts(
-            merge=merge, metrics=files.loads(merge) if has_metric(merge) else None, run=run
+    def make(self, kind: type[T], merge: Any, *, with_metrics: bool = True, **fields: Any) -> T:
+        """A task of ours in the place of a merge task of mergekit's."""
+        weighs = with_metrics and has_metric(merge)
+        return kind(
+            merge=merge,
+            metrics=self._metrics.loads(merge) if weighs else None,
+            run=self._run,
+            is_constant=self._checkpoints.is_constant(merge),
+            is_whole_numbers=self._checkpoints.is_whole_numbers(merge),
+            rows=self._checkpoints.row_layout(merge),
+            **fields,
         )
-        for merge in merges
-        if not only_tied(merge)
-    )
-    return ModelMean(parts=parts)
+
+    def means_only(self, merges: Sequence[Any]) -> list[Any]:
+        """Tasks that take the means of merge tasks and combine nothing: one for each, or one."""
+        if _is_whole(merges):
+            return [self.model_mean(merges)]
+        return [self.make(TensorMean, merge) for merge in merges]
+
+    def model_mean(self, merges: Sequence[Any]) -> ModelMean:
+        """The task that takes the mean of whole models.
+
+        Each tensor of a checkpoint counts once. A plan may read one twice: tied weights, or a
+        module that is part of two.
+        """
+        counted: dict[Any, Any] = {}
+        for merge in merges:
+            read = tuple(tuple(self._checkpoints.sources(load)) for _, load in loads_of(merge))
+            if not only_tied(merge):
+                counted.setdefault(read, merge)
+        return ModelMean(parts=tuple(self.make(TensorProducts, m) for m in counted.values()))
+
+
+def names_layers(config: Any) -> bool:
+    """Whether a config of mergekit-yaml that is not planned yet says which layers it takes."""
+    modules = (config.modules or {}).values()
+    return bool(config.slices) or any(module.slices for module in modules)
+
+
+def dequantise(cache: Any, models: Iterable[Any]) -> None:
+    """Have mergekit read quantised models as what they stand for.
+
+    cache: mergekit's loaders; changed. models: its keys.
+
+    Raises:
+        KarcherError: For a quantisation that is not read here.
+    """
+    for model in models:
+        cache.loaders[model] = dequantising(cache.get(model), str(model))
+
+
+def dequantise_raw(cache: Any, config: Any, options: Any) -> None:
+    """The same for the files of a config of mergekit-pytorch."""
+    cache.lazy_unpickle = options.lazy_unpickle
+    base = [] if config.base_model is None else [config.base_model]
+    dequantise(cache, [*(model.model for model in config.models), *base])
 
 
 def _is_whole(merges: Sequence[Any]) -> bool:
-    return any(merge.parameters["granularity"] == "model" for merge in merges)
+    return any(dict(merge.parameters.items()).get("granularity") == "model" for merge in merges)
 
 
 def _input_names(merges: Sequence[Any]) -> dict[str, dict[str, str]]:

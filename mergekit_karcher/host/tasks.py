@@ -23,14 +23,17 @@ from mergekit import merge_methods
 from mergekit.common import dtype_from_name
 from mergekit.graph import Task
 from mergekit.merge_methods.base import PerInputValues, TensorEntry, TensorGroup, TensorMetadata
-from mergekit.merge_methods.buffers import copy_non_floating_buffer
 from mergekit.merge_methods.dtype import align_dtype
 from mergekit.tokenizer import BuildTokenizer
 
-from mergekit_karcher.host.checks import weights_of
+from mergekit_karcher.errors import NotFiniteError
+from mergekit_karcher.host.checks import check_casts, weights_of
+from mergekit_karcher.host.graph import uncast
+from mergekit_karcher.host.headers import identical, is_parameter_by_name
 from mergekit_karcher.host.methods import TensorToMerge
 from mergekit_karcher.host.metric_loads import MetricLoads
 from mergekit_karcher.host.parameters import settings_of
+from mergekit_karcher.host.rows import RowLayout
 from mergekit_karcher.means.products import Products, total
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.means.solve import mean_of_products
@@ -41,21 +44,32 @@ from mergekit_karcher.sphere.results import Status
 _LOG = logging.getLogger(__name__)
 
 
-class _OfInputs(Task[Any]):  # type: ignore[misc]
+class OfInputs(Task[Any]):  # type: ignore[misc]
     """What is done with the inputs of one output tensor.
 
     merge: mergekit's own task for that tensor, which says what to do.
     metrics: loads the metrics of its inputs; None if it is to have none.
     run: the `MergeRun` that it is part of.
+    is_constant, is_whole_numbers: what the inputs are by their headers.
+    rows: where the output units of the weight lie.
     """
 
     merge: Task
     metrics: MetricLoads | None
     run: Any
+    is_constant: bool
+    is_whole_numbers: bool
+    rows: RowLayout
+
+    @property
+    def gather(self) -> Any:
+        """The task that gathers the inputs; whole numbers as they are, which a cast would round."""
+        gather = self.merge.gather_tensors
+        return uncast(gather) if self.is_whole_numbers else gather
 
     def arguments(self) -> dict[str, Any]:
         metrics = {f"metric {model}": load for model, load in self.metrics or ()}
-        return {"tensors": self.merge.gather_tensors, **metrics}
+        return {"tensors": self.gather, **metrics}
 
     def group_label(self) -> Any:
         return self.merge.group_label()
@@ -79,9 +93,8 @@ class _OfInputs(Task[Any]):  # type: ignore[misc]
             merge.base_model,
             group_name=merge.output_weight.name,
         )
-        buffer = copy_non_floating_buffer(group.tensors, merge.output_weight.name)
-        if buffer is not None:
-            return self.of_buffer(buffer)
+        if self.is_whole_numbers or (self.is_constant and identical(group.tensors)):
+            return self.of_buffer(group.tensors[0].clone())
         group.validate_tensors()
         parameters = dict(merge.parameters.items())
         for name in ("weight", "metric"):
@@ -91,12 +104,18 @@ class _OfInputs(Task[Any]):  # type: ignore[misc]
         if self.metrics is not None:
             metrics = {model: loaded[f"metric {model}"] for model, _ in self.metrics}
         aligned = align_dtype(group, dtype_from_name(merge.dtype))
-        tensor = TensorToMerge(aligned, parameters, self.run, metrics)
+        tensor = TensorToMerge(aligned, parameters, self.run, metrics, self.rows)
         with torch.autocast(device_type=group.tensors[0].device.type, enabled=False):
-            return self.of_tensor(method, tensor, loaded.get("mean"))
+            try:
+                return self.of_tensor(method, tensor, loaded.get("mean"))
+            except NotFiniteError:
+                if identical(group.tensors) and not is_parameter_by_name(tensor.name):
+                    return self.of_buffer(group.tensors[0].clone())
+                check_casts(merge)
+                raise
 
     def of_buffer(self, buffer: torch.Tensor) -> Any:
-        """What comes of whole numbers that all inputs agree on."""
+        """What comes of a tensor that all inputs agree on and that is no parameter."""
         return None
 
     @abstractmethod
@@ -104,7 +123,7 @@ class _OfInputs(Task[Any]):  # type: ignore[misc]
         """What comes of floating-point inputs."""
 
 
-class TensorProducts(_OfInputs):
+class TensorProducts(OfInputs):
     """The inner products of the inputs of one output tensor; None for a buffer."""
 
     def of_tensor(self, method: Any, tensor: TensorToMerge, mean: Any) -> Products:
@@ -112,7 +131,7 @@ class TensorProducts(_OfInputs):
         return products
 
 
-class TensorMean(_OfInputs):
+class TensorMean(OfInputs):
     """The mean of the inputs of one output tensor, told to the run and not combined."""
 
     def of_tensor(self, method: Any, tensor: TensorToMerge, mean: Any) -> None:
@@ -166,7 +185,7 @@ class AfterMean(Task[Any]):  # type: ignore[misc]
         return self.task.group_label()
 
 
-class MergeTensor(_OfInputs):
+class MergeTensor(OfInputs):
     """One output tensor of a merge of ours.
 
     mean: gives the mean of whole models, which is then taken instead of the tensor's.
@@ -180,7 +199,7 @@ class MergeTensor(_OfInputs):
         arguments = super().arguments()
         if self.mean is None:
             return arguments
-        gather = AfterMean(task=self.merge.gather_tensors, mean=self.mean)
+        gather = AfterMean(task=self.gather, mean=self.mean)
         return {**arguments, "tensors": gather, "mean": self.mean}
 
     def of_buffer(self, buffer: torch.Tensor) -> torch.Tensor:

@@ -49,10 +49,12 @@ def check_result(
         return
     for tensor, label in zip(inputs.tensors, inputs.labels, strict=True):
         _check_finite(tensor, label, inputs.name)
+    place = torch.nonzero(~torch.isfinite(saved))[0].tolist()
     short = str(dtype).removeprefix("torch.")
     raise KarcherError(
-        f"The mean of {inputs.name} has values beyond {largest:.6g}, the largest number that "
-        f"{short} holds: take dtype: float32, and out_dtype: bfloat16 for a result of 16 bits."
+        f"The mean of {inputs.name} is beyond {largest:.6g} at {place}, the largest number that "
+        f"{short} holds: take out_dtype: bfloat16 (with dtype: float32), or magnitude: linear, "
+        "which is never longer than the inputs."
     )
 
 
