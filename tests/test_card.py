@@ -13,9 +13,11 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from configs import config_for
 from conftest import llama, weights_of
 from hub import Hub
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from mergekit_karcher.cli.main import main
 from mergekit_karcher.report.schema import Model, Report
@@ -46,18 +48,38 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_the_card_shows_the_geometry_and_no_local_path(merged, three_models):
+def test_the_card_tells_users_of_the_merge_and_shows_no_local_path(
+    merged, three_models, monkeypatch
+):
     before = (merged / "README.md").read_text()
     folder = str(Path(three_models[0]).parent)
     assert folder in before
     result = card(merged)
     assert result.exit_code == 0, result.output
-    assert "3 local paths replaced by names" in result.stderr
+    assert "section on the merge written, 3 local paths replaced by names" in result.stderr
     text = (merged / "README.md").read_text()
     report = Report.model_validate_json((merged / "geometry" / "report.json").read_text())
-    assert text.count("## Geometry of this merge") == 1
-    assert report.verdict in text
-    assert "| gate | 3 |" in text
+    section, details = text.split("## About this merge")[1].split("## Merge Details")
+    shown, folded = section.split("<details>\n<summary>Geometry of this merge</summary>")
+    assert text.count("## About this merge") == 1
+    assert shown.strip().startswith("These three models are strangers to each other: their weights")
+    for name in "abc":
+        assert f"| {name} | 0.333 |\n" in shown
+    said = (
+        "Merged by `karcher` with granularity: tensor, origin: zero, magnitude: arithmetic, dtype:"
+    )
+    assert said in shown
+    (code,) = re.findall(r"```python\n(.*?)```", shown, re.DOTALL)
+    monkeypatch.chdir(merged.parent)
+    names = {}
+    exec(compile(code, "card", "exec"), names)
+    assert set(names["model"].state_dict()) >= set(weights_of(merged))
+    assert names["tokenizer"]("w1").input_ids
+    assert "measure" not in text
+    assert report.verdict in folded
+    assert "| gate | 3 |" in folded
+    assert folded.rstrip().endswith("</details>\n\n<!-- mergekit-karcher: end -->")
+    assert "### Configuration" in details
     for file in re.findall(r"\]\((geometry/[^)]+)\)", text):
         assert (merged / file).is_file()
     assert text.count("](geometry/") == 3
@@ -80,8 +102,13 @@ def test_twice_is_once_and_what_others_wrote_stays(merged):
     card(merged)
     once = contents(merged)
     assert b"A line of mine." in once[Path("README.md")]
-    card(merged)
+    assert card(merged).stderr == f"{readme}: nothing to change.\n"
     assert contents(merged) == once
+    moved = once[Path("README.md")].decode().replace("A line of mine.\n", "")
+    section = moved[moved.index("<!-- mergekit-karcher: geo") : moved.index("## Merge Details")]
+    readme.write_text(moved.replace(section, "") + section)
+    card(merged)
+    assert readme.read_text().rstrip().endswith(section.rstrip())
 
 
 def test_hub_ids_stay_and_are_the_base_models(merged, three_models):
@@ -129,11 +156,49 @@ def test_mistakes_get_one_sentence(merged):
     readme = (merged / "README.md").read_text()
     (merged / "README.md").write_text("---\n- a\n- b\n---\n# x\n")
     assert_one_sentence(card(merged), "front matter")
-    (merged / "README.md").unlink()
-    assert_one_sentence(card(merged), "has no README.md")
     (merged / "README.md").write_text(readme)
     (merged / "geometry" / "report.json").write_text("{}")
     assert_one_sentence(card(merged), "is not a report of the kind mergekit-karcher/report/1")
+
+
+def test_what_mergekit_pytorch_wrote_gets_a_card_of_its_own(tmp_path, merge, monkeypatch):
+    files = [str(tmp_path / f"raw{index}.safetensors") for index in range(2)]
+    for index, file in enumerate(files):
+        generator = torch.Generator().manual_seed(index)
+        save_file({"w.weight": torch.randn(5, 4, generator=generator)}, file)
+    out = tmp_path / "merged"
+    monkeypatch.setenv("MERGEKIT_KARCHER_REPORT", str(out / "geometry"))
+    models = [
+        {"model": file, "parameters": {"weight": index + 1}} for index, file in enumerate(files)
+    ]
+    outcome = merge({"merge_method": "karcher", "models": models}, command="mergekit-pytorch")
+    assert not (out / "README.md").exists()
+    assert card(out).exit_code == 0
+    text = (out / "README.md").read_text()
+    assert "\n# merged\n" in text
+    assert "| raw1.safetensors | 0.667 |" in text
+    assert str(tmp_path) not in text
+    assert ModelCard(text).data.tags == ["mergekit", "merge"]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(code, "card", "exec"), names)
+    assert torch.equal(names["weights"]["w.weight"], outcome.weights["w.weight"])
+    assert "nothing to change" in card(out).stderr
+
+
+def test_a_card_of_another_method_claims_no_weights_or_settings_of_ours(
+    close_models, merge, cli, tmp_path
+):
+    base, *models = close_models
+    config = config_for(models, [1, -2, 3], base=base, merge_method="task_arithmetic")
+    out = merge(config).out
+    assert cli("report", "--out", out / "geometry", config=config).exit_code == 0
+    assert card(out).exit_code == 0
+    text = (out / "README.md").read_text()
+    assert "| model |\n| --- |\n| tune1 |\n| tune2 |\n| tune3 |\n| base (base) |\n" in text
+    assert "karcher would" not in text
+    assert "Merged by `task_arithmetic` with dtype: float32.\n" in text
 
 
 def test_only_the_files_of_a_report_are_copied(merged, tmp_path, monkeypatch):

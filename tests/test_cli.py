@@ -77,6 +77,12 @@ def test_wrong_usage_exits_with_two(arguments):
     assert "Usage:" in result.stderr
 
 
+def test_a_misspelt_command_gets_its_near_name():
+    result = CliRunner().invoke(main, ["raport", "config.yml"])
+    assert (result.exit_code, "did you mean report?" in result.stderr) == (2, True)
+    assert "did you mean" not in CliRunner().invoke(main, ["zzz"]).stderr
+
+
 def test_an_exception_from_below_becomes_a_sentence(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("first line\nsecond line")

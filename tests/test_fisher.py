@@ -26,6 +26,9 @@ from mergekit_karcher import fisher_mean, karcher_mean
 from mergekit_karcher.cli.main import main
 from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.kernels import precision
+from mergekit_karcher.means.fisher import shares_of
+from mergekit_karcher.means.inputs import checked_inputs
+from mergekit_karcher.report.schema import Report
 
 TOY = Path(__file__).parent.parent / "example_configs" / "metric_toy"
 
@@ -327,18 +330,53 @@ def test_what_metrics_say_of_themselves_is_compared(with_metrics, merge, tmp_pat
     assert f"of {models[1]} was made of {models[2]}" in warnings("fisher")
 
 
-def test_the_report_on_a_config_takes_its_metrics(with_metrics, tmp_path):
+def test_the_report_shows_which_model_counts_for_how_much(with_metrics, tmp_path):
+    """Of fisher itself, and not what karcher would do."""
+    models, metrics, tensors = zip(*with_metrics, strict=True)
+    config = fisher_config(models, metrics, [1, 2, 0.5])
+    file, out = tmp_path / "fisher.yml", tmp_path / "geometry"
+    file.write_text(yaml.safe_dump(config))
+    result = CliRunner().invoke(main, ["report", str(file), "--json", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    report = Report.model_validate_json(result.stdout)
+    assert not report.settings.as_karcher
+    assert not report.settings.in_metric
+    total = size = 0.0
+    for tensor in report.tensors:
+        values = [g[tensor.name].double() for g in tensors]
+        wide = [w * (g + 1e-6 * g.mean()) for w, g in zip([1, 2, 0.5], values, strict=True)]
+        expected = [float((part / sum(wide)).mean()) for part in wide]
+        assert tensor.shares == pytest.approx(expected, rel=1e-9)
+        assert tensor.coefficients is None
+        vectors = [weights_of(model)[tensor.name].double().ravel() for model in models[:2]]
+        cosine = torch.nn.functional.cosine_similarity(*vectors, dim=0)
+        assert tensor.angles[0][1] == pytest.approx(float(torch.arccos(cosine)), abs=1e-6)
+        total += tensor.size * expected[1]
+        size += tensor.size
+    assert report.overall.shares[1] == pytest.approx(total / size)
+    assert "karcher" not in report.verdict
+    assert (
+        f"In the fisher mean {report.models[1].name} counts for {100 * total / size:.3g} %, "
+        in (report.verdict)
+    )
+    assert {path.name for path in out.glob("*.png")} == {"angles.png", "models.png", "shares.png"}
+    assert "**How much each model counts, in %**" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan")])
+def test_a_wrong_weight_stops_while_planning(with_metrics, merge, weight):
     models, metrics, _ = zip(*with_metrics, strict=True)
-    found = {}
-    for method, own in (("fisher", metrics), ("karcher", metrics), ("plain", [""] * 3)):
-        config = fisher_config(models, own) | {"merge_method": method.replace("plain", "karcher")}
-        file = tmp_path / f"{method}.yml"
-        file.write_text(yaml.safe_dump(config))
-        result = CliRunner().invoke(main, ["report", str(file), "--json"])
-        assert result.exit_code == 0, result.output
-        found[method] = json.loads(result.stdout)
-    assert found["fisher"]["tensors"] == found["karcher"]["tensors"] != found["plain"]["tensors"]
-    assert "The config asks for fisher" in found["fisher"]["verdict"]
+    outcome = merge(fisher_config(models, metrics, [1, weight, 1]))
+    assert f"Error: The weight of {models[1]} for " in outcome.output
+    assert not outcome.out.exists()
+
+
+def test_where_no_metric_says_anything_the_weights_count():
+    inputs = [torch.rand(3), torch.rand(3)]
+    metrics = [torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.0, 1.0, 0.0])]
+    checked = checked_inputs("w", inputs, None, [1, 3], metrics=metrics)
+    assert shares_of(checked, 0.0) == pytest.approx([(0.25 + 0.25 + 1) / 3, (0.75 + 0.75) / 3])
+    assert shares_of(checked_inputs("w", inputs, None, [1, 3]), 0.0) == pytest.approx([0.25, 0.75])
 
 
 def test_a_base_that_takes_part_needs_a_metric(with_metrics, merge):

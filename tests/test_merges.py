@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from configs import config_for
@@ -55,21 +54,12 @@ def test_three_models_merged_saved_loaded_and_generating(three_models, merge):
 
 def test_the_summary_and_the_card_say_what_ran(three_models, merge):
     outcome = merge(bf16_config(three_models))
-    last = outcome.output.splitlines()[-1]
-    assert last.startswith(f"karcher merged: {len(outcome.weights)} tensors merged, largest angle")
+    line, weights, settings = outcome.output.splitlines()[-3:]
+    assert line.startswith(f"karcher merged: {len(outcome.weights)} tensors merged, models ")
     for what in ("not certified unique", "fell back to the linear mean", "not converged"):
-        assert f", 0 {what}" in last
-    angle = float(last.split("the mean ")[1].split(" degrees")[0])
-    flat = {
-        n: [weights_of(m)[n].double().numpy().ravel() for m in three_models]
-        for n in outcome.weights
-    }
-    largest = 0.0
-    for vectors in flat.values():
-        mean = ambient_mean(vectors, [1, 1, 1])
-        cosines = [v @ mean / np.linalg.norm(v) / np.linalg.norm(mean) for v in vectors]
-        largest = max(largest, np.degrees(np.arccos(min(cosines))))
-    assert angle == pytest.approx(largest, rel=1e-2)
+        assert f", 0 {what}" in line
+    assert weights == "  weights: a 0.333, b 0.333, c 0.333"
+    assert settings == "  granularity: tensor, origin: zero, magnitude: arithmetic"
     version = mergekit_karcher.__version__
     assert f"Karcher Mean (mergekit-karcher {version})" in (outcome.out / "README.md").read_text()
 
@@ -246,8 +236,40 @@ def test_fall_backs_are_counted_and_named_but_never_flood(merge, tmp_path):
         torch.testing.assert_close(outcome.weights[name], state[name] / 2)
     told = outcome.output[outcome.output.index("karcher merged") :].splitlines()
     assert "9 fell back to the linear mean" in told[0]
-    assert "and 4 more" in told[1]
-    assert len(told) == 2
+    assert "and 4 more" in told[3]
+    assert len(told) == 4
+
+
+def test_the_summary_shows_what_is_in_effect(three_models, merge):
+    """Weights that sum to one, as ranges where they differ, and every value of a setting."""
+    filtered = [{"filter": "mlp", "value": 3}, {"value": 0}]
+    base, *models = three_models
+    config = bf16_config(models, [1, filtered]) | {
+        "base_model": base,
+        "parameters": {
+            "origin": "base",
+            "granularity": [{"filter": "norm", "value": "tensor"}, {"value": "row"}],
+            "magnitude": "linear",
+        },
+    }
+    lines = merge(config).output.splitlines()
+    assert "  weights: b 0.25 to 1, c 0 to 0.75; base: a" in lines
+    (settings,) = [line for line in lines if line.startswith("  granularity")]
+    assert sorted(settings.split(", ")[0].split(": ")[1].split(" and ")) == ["row", "tensor"]
+    assert settings.endswith(", origin: base, magnitude: linear")
+
+
+def test_rows_that_fell_back_are_counted_and_not_their_tensors(merge, tmp_path):
+    state = {name: torch.rand(6, 4) for name in ("some", "none")}
+    other = {name: tensor + 0.1 for name, tensor in state.items()}
+    other["some"][[1, 4]] = -state["some"][[1, 4]]
+    paths = [str(tmp_path / f"m{index}.safetensors") for index in range(2)]
+    for path, tensors in zip(paths, (state, other), strict=True):
+        save_file(tensors, path)
+    config = bf16_config(paths) | {"dtype": "float32", "parameters": {"granularity": "row"}}
+    outcome = merge(config, command="mergekit-pytorch")
+    assert ", 2 rows fell back to the linear mean, 0 not converged." in outcome.output
+    assert "  fell back to the linear mean: some (2 of 6 rows)\n" in outcome.output
 
 
 def test_lora_inputs(three_models, merge, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from configs import config_for
 from conftest import weights_of
+from safetensors.torch import save_file
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.report import store
@@ -62,7 +63,7 @@ def test_a_merge_with_a_model_of_weight_zero_reports_the_others(
     written = json.loads((tmp_path / "seen" / "report.json").read_text())
     assert written == json.loads(cli("report", "--json", config=config).stdout)
     assert written["tensors"][0]["coefficients"][1] is None
-    assert written["verdict"].startswith("These two models are ")
+    assert written["verdict"].startswith("For these two models, ")
 
 
 def test_files_and_the_terminal(close_models, cli, tmp_path):
@@ -75,8 +76,9 @@ def test_files_and_the_terminal(close_models, cli, tmp_path):
     words = " ".join(result.stdout.split())
     assert report.verdict in words
     assert "\x1b" not in result.stdout
-    for heading in ("angle", "spread", "not unique", "task angle", "kept, %"):
+    for heading in ("The weights", "angle", "lost, %", "The changes from the base", "kept, %"):
         assert heading in words
+    assert f"Wrote report.json, report.md and 3 plots to {out}." in result.stderr
     text = (out / "report.md").read_text()
     assert report.verdict in text
     for picture in ("angles.png", "models.png", "lengths.png"):
@@ -86,6 +88,42 @@ def test_files_and_the_terminal(close_models, cli, tmp_path):
     quiet = cli("report", "--quiet", "--out", out, config=config)
     assert quiet.stderr == ""
     assert quiet.stdout == result.stdout
+
+
+def test_no_line_is_wider_than_80_columns_and_no_number_is_cut(cli, tmp_path, monkeypatch):
+    """Whatever the terminal says: here there is every column that a table can have."""
+    monkeypatch.setenv("COLUMNS", "40")
+    generator = torch.Generator().manual_seed(3)
+    # Numbers that can be added without rounding: the first two changes are exactly opposite.
+    base, *noise = torch.randint(-8, 9, (3, 30, 20), generator=generator).float()
+    tensors = [base + noise[0], base - noise[0], base - noise[0] + noise[1] / 64]
+    names = ["model.embed_tokens.weight", "model.layers.11.mlp.gate_up_proj.weight", "x.weight"]
+    for index, tensor in enumerate([*tensors, base]):
+        save_file({name: tensor.clone() for name in names}, tmp_path / f"m{index}.safetensors")
+    files = [str(tmp_path / f"m{index}.safetensors") for index in range(4)]
+    opposite = str(tmp_path / "opposite.safetensors")
+    save_file({name: tensors[0].neg() for name in names}, opposite)
+    for origin, models in (("base", files[:3]), ("zero", [files[0], opposite, files[3]])):
+        config = config_for(models, base=files[3], origin=origin)
+        shown = cli("report", "--quiet", config=config).stdout
+        assert "not unique" in shown
+        assert ("differs, %" in shown) == (origin == "zero")
+        assert max(map(len, shown.splitlines())) <= 80
+        assert "…" not in shown
+        assert "gate and up" in shown
+
+
+def test_the_columns_of_many_models_are_not_cut(cli, tmp_path):
+    files = [str(tmp_path / f"m{index}.safetensors") for index in range(15)]
+    for file in files:
+        save_file({"layer.weight": torch.rand(6, 5)}, file)
+    metrics = ["identity"] * 15
+    config = config_for(files, metrics=metrics, merge_method="fisher")
+    shown = cli("report", "--quiet", config=config).stdout
+    rows = [line.split() for line in shown.splitlines() if line.startswith("  other")]
+    assert rows[1:] == [["other", *["6.67"] * 8], ["other", *["6.67"] * 7]]
+    assert "How much models 9 to 15 count, in %" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 def test_without_matplotlib_the_text_is_written(close_models, cli, tmp_path, monkeypatch, merge):

@@ -13,6 +13,8 @@ from inputs import ambient_mean
 from reports import close, pairwise, report_of, vectors_of
 from wide import WIDE, angle, norm
 
+from mergekit_karcher.report.apart import average_by_pair
+
 
 @pytest.mark.parametrize("origin", ["zero", "base"])
 @pytest.mark.parametrize("weights", [[1, 1, 1], [0.5, 1, 3]])
@@ -48,6 +50,9 @@ def test_every_number_of_a_tensor(close_models, cli, origin, weights):
         gap = norm(mean / norm(mean) - linear / norm(linear)) * length
         rounding = 2**-24 * 0.425 * (shares @ [float(norm(v)) for v in plain])
         assert tensor.linear_gap == pytest.approx(float(gap) / rounding, rel=1e-2, abs=1e-2)
+        scaled = mean - linear.astype(float)
+        difference = float(norm(scaled) / norm(mean))
+        assert tensor.linear_difference == pytest.approx(difference, rel=1e-5, abs=1e-12)
         if origin == "base":
             other = tensor.other
             assert other.origin == "zero"
@@ -133,3 +138,36 @@ def test_weights_of_zero_leave_a_model_out_where_they_stand(close_models, cli):
     for tensor in report.tensors:
         present = [norm is not None for norm in tensor.norms]
         assert present == [True, "mlp" not in tensor.name, True]
+
+
+@pytest.mark.parametrize("origin", ["zero", "base"])
+def test_how_far_apart_is_one_number_wherever_it_stands(close_models, cli, merge, tmp_path, origin):
+    """On average over tensors counted by their parameters, in JSON, sentence, table and summary."""
+    base, *models = close_models
+    config = config_for(models, [1, 2, 3], base=base, origin=origin)
+    if origin == "zero":
+        del config["base_model"]
+    total = size = largest = 0.0
+    for name, tensor in weights_of(base).items():
+        start = vectors_of([base], name)[0] if origin == "base" else 0.0
+        pairs = combinations([v - start for v in vectors_of(models, name)], 2)
+        angles = [math.degrees(angle(p, q)) for p, q in pairs]
+        total += tensor.numel() * sum(angles)
+        size += tensor.numel() * len(angles)
+        if max(angles) > largest:
+            largest, where = max(angles), name
+    said = f"{total / size:.3g} degrees apart on average, {largest:.3g} at most (in {where})"
+    report = report_of(cli("report", "--json", config=config))
+    overall = report.overall
+    found = overall.task_angle_average if origin == "base" else overall.angle_average
+    assert math.degrees(found) == pytest.approx(total / size, rel=1e-6)
+    assert said in report.verdict
+    whole = average_by_pair(report.tensors, origin, len(report.models))
+    of_models = whole[:3, :3][np.tril_indices(3, -1)]
+    assert math.degrees(of_models.mean()) == pytest.approx(total / size, rel=1e-6)
+    shown = cli("report", "--quiet", config=config).stdout
+    rows = [line.split() for line in shown.splitlines() if line.strip().startswith("all ")]
+    row = rows[-1][1:] if origin == "base" else rows[0][2:]
+    assert row[:2] == [f"{total / size:.3g}", f"{largest:.3g}"]
+    what = {"zero": "models", "base": "changes from the base"}[origin]
+    assert f"tensors merged, {what} {said}, 0 not certified unique" in merge(config).output

@@ -1,10 +1,11 @@
-"""`mergekit-karcher card`: the geometry in the model card, and no local path in it."""
+"""`mergekit-karcher card`: how a merge was made in its model card, and no local path in it."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import yaml
@@ -14,17 +15,41 @@ from mergekit_karcher.cli.main import examples, logged
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.files import write_text
 from mergekit_karcher.host.documents import MODEL_KEYS, metrics_in, named_in, read_config
+from mergekit_karcher.report.apart import plain_range
 from mergekit_karcher.report.names import is_local, short_names
-from mergekit_karcher.report.schema import Report
+from mergekit_karcher.report.schema import Model, Report
 from mergekit_karcher.report.store import JSON, copy, plots_in, read
-from mergekit_karcher.report.text import legend, markdown_table
+from mergekit_karcher.report.text import legend, markdown_tables
+from mergekit_karcher.report.verdict import relation
 
 GEOMETRY = "geometry"
 _BEGIN, _END = "<!-- mergekit-karcher: geometry -->", "<!-- mergekit-karcher: end -->"
+_SECTION = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 _CONFIG = "mergekit_config.yml"
+
+# What the section on the merge goes before, in a card that mergekit wrote.
+_DETAILS = re.compile(r"^## Merge Details$", re.MULTILINE)
 
 # The fields of a config that may hold paths.
 _PATH_KEYS = (*MODEL_KEYS, "path", "source", "tokenizer_source")
+
+# mergekit-pytorch writes no card.
+_NEW_CARD = """---
+tags:
+- mergekit
+- merge
+---
+# {name}
+
+This is a merge of pre-trained models made with [mergekit](https://github.com/arcee-ai/mergekit).
+"""
+
+
+class Finished(NamedTuple):
+    """What was done to a model card: the name that each local path got, and whether it changed."""
+
+    names: dict[str, str]
+    changed: bool
 
 
 @click.command(
@@ -44,31 +69,34 @@ _PATH_KEYS = (*MODEL_KEYS, "path", "source", "tokenizer_source")
 )
 @logged
 def main(out: Path, folder: Path | None, quiet: bool) -> None:
-    """Add the geometry of a merge to its model card, and take local paths out of it.
+    """Say in a model card how the merge was made, and take local paths out of it.
 
-    OUT is the folder that mergekit wrote. Its README.md gets a section with the verdict, the table
-    and the plots of the report. In README.md and mergekit_config.yml, names take the place of local
-    paths, and base_model lists only models that are on the Hub. Running it again changes nothing.
+    OUT is the folder that mergekit wrote. Its README.md gets a section with how the models relate,
+    their weights, the settings, how to load the result, and the geometry; after mergekit-pytorch,
+    which writes no README.md, one is made. In README.md and mergekit_config.yml, names take the
+    place of local paths, and base_model lists only models that are on the Hub. Running it again
+    changes nothing.
     """
-    names = finish(out, folder)
-    if not quiet:
-        paths = "1 local path" if len(names) == 1 else f"{len(names)} local paths"
-        click.echo(f"{out / 'README.md'}: geometry added, {paths} replaced by names.", err=True)
+    done = finish(out, folder)
+    if quiet:
+        return
+    count = len(done.names)
+    paths = "1 local path" if count == 1 else f"{count} local paths"
+    what = f"section on the merge written, {paths} replaced by names"
+    what = what if done.changed else "nothing to change"
+    click.echo(f"{out / 'README.md'}: {what}.", err=True)
 
 
-def finish(out: Path, folder: Path | None = None) -> dict[str, str]:
-    """Finish the model card in a folder that mergekit wrote.
+def finish(out: Path, folder: Path | None = None) -> Finished:
+    """Finish the model card in a folder that mergekit wrote, or make one where there is none.
 
     Arguments:
         out: The folder.
         folder: Where the report is; it is copied into out. By default it is in out already.
 
-    Returns:
-        The name that each local path was replaced by.
-
     Raises:
-        KarcherError: If the report, or a card with valid front matter, is not there, or if the
-            report is on another merge.
+        KarcherError: If there is no report, if it is on another merge, or if the front matter of
+            the card is not valid.
     """
     report = _report_for(out, folder)
     readme, config = out / "README.md", out / _CONFIG
@@ -79,12 +107,19 @@ def finish(out: Path, folder: Path | None = None) -> dict[str, str]:
     kept = [model for model in listed if model not in names and not is_local(model)]
     hub_ids = [hub_id for model in report.models for hub_id in model.hub_ids]
     card.data.base_model = list(dict.fromkeys([*kept, *hub_ids])) or None
-    body = _without_section(_renamed(card.text, names)).rstrip()
-    card.text = f"{body}\n\n{_section(report, out / GEOMETRY)}\n"
-    write_text(readme, str(card))
+    card.text = _with_section(_renamed(card.text, names), _section(report, out))
+    changed = _rewritten(readme, str(card))
     if config.is_file():
-        write_text(config, _renamed(config.read_text(encoding="utf-8"), names))
-    return names
+        changed |= _rewritten(config, _renamed(config.read_text(encoding="utf-8"), names))
+    return Finished(names, changed)
+
+
+def _rewritten(path: Path, text: str) -> bool:
+    """Write a text to a file; returns whether it is another one than before."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return False
+    write_text(path, text)
+    return True
 
 
 def _report_for(out: Path, folder: Path | None) -> Report:
@@ -105,9 +140,7 @@ def _report_for(out: Path, folder: Path | None) -> Report:
 
 def _card(readme: Path) -> Any:
     if not readme.is_file():
-        raise KarcherError(
-            f"{readme.parent} has no README.md to add to: merge without --no-write-model-card."
-        )
+        return ModelCard(_NEW_CARD.format(name=readme.resolve().parent.name))
     try:
         return ModelCard.load(readme)
     except (ValueError, yaml.YAMLError) as error:
@@ -115,22 +148,77 @@ def _card(readme: Path) -> Any:
         raise KarcherError(f"The front matter of {readme} is not valid: {where}.") from None
 
 
-def _section(report: Report, folder: Path) -> str:
-    images = [f"![{title}]({GEOMETRY}/{file})" for file, title in plots_in(folder)]
+def _with_section(text: str, section: str) -> str:
+    """A card with the section where it stands already, or else before the details of mergekit."""
+    if _SECTION.search(text):
+        return _SECTION.sub(lambda _: section, text)
+    if _DETAILS.search(text):
+        return _DETAILS.sub(lambda found: f"{section}\n\n{found[0]}", text, count=1)
+    return f"{text.rstrip()}\n\n{section}\n"
+
+
+def _section(report: Report, out: Path) -> str:
+    images = [f"![{title}]({GEOMETRY}/{file})" for file, title in plots_in(out / GEOMETRY)]
     parts = [
         _BEGIN,
-        "## Geometry of this merge",
-        report.verdict,
-        markdown_table(report),
+        "## About this merge",
+        relation(report),
+        _models_table(report),
+        _settings_line(report),
+        f"```python\n{_loading(out)}\n```",
+        "<details>\n<summary>Geometry of this merge</summary>",
+        # What karcher would have made of the models is not what users of another merge ask.
+        *([] if report.settings.as_karcher else [report.verdict]),
+        markdown_tables(report),
         legend(report),
         *images,
+        "</details>",
         _END,
     ]
     return "\n\n".join(parts)
 
 
-def _without_section(text: str) -> str:
-    return re.sub(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", "", text, flags=re.DOTALL)
+def _models_table(report: Report) -> str:
+    """The models and their weights, but for the weights of methods that are not ours."""
+    as_karcher = report.settings.as_karcher
+    lines = [["model", "weight"], ["---", "---:"]]
+    for model in report.models:
+        weight = "base" if model.weight_range is None else plain_range(model.weight_range)
+        marked = " (base)" if as_karcher and model.is_base else ""
+        lines.append([f"{_linked(model)}{marked}", weight])
+    return "\n".join(f"| {' | '.join(line[:1] if as_karcher else line)} |" for line in lines)
+
+
+def _linked(model: Model) -> str:
+    """The name of a model, with a link where all of it is on the Hub."""
+    on_the_hub = model.name in model.hub_ids
+    return f"[{model.name}](https://huggingface.co/{model.name})" if on_the_hub else model.name
+
+
+def _settings_line(report: Report) -> str:
+    settings = report.settings
+    names = () if settings.as_karcher else ("granularity", "origin", "magnitude")
+    given = [(name, getattr(settings, name)) for name in names]
+    words = [f"{name}: {' and '.join(values)}" for name, values in given if values]
+    words += [f"dtype: {dtype}" for dtype in [settings.out_dtype or settings.dtype] if dtype]
+    return f"Merged by `{settings.merge_method}`{' with ' if words else ''}{', '.join(words)}."
+
+
+def _loading(out: Path) -> str:
+    """Python that loads the merge: by transformers, or a raw checkpoint by safetensors."""
+    name, config = out.resolve().name, out / "config.json"
+    if not config.is_file():
+        files = sorted(path.name for path in out.glob("*.safetensors"))
+        lines = [f'weights |= load_file("{name}/{file}")' for file in files]
+        return "\n".join(["from safetensors.torch import load_file", "", "weights = {}", *lines])
+    architectures = json.loads(config.read_text(encoding="utf-8")).get("architectures") or [""]
+    causal = re.search(r"ForCausalLM$|LMHeadModel$", architectures[0])
+    kind = "AutoModelForCausalLM" if causal else architectures[0] or "AutoModel"
+    imported, lines = [kind], [f'model = {kind}.from_pretrained("{name}", dtype="auto")']
+    if (out / "tokenizer_config.json").is_file():
+        imported.append("AutoTokenizer")
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{name}")')
+    return "\n".join([f"from transformers import {', '.join(imported)}", "", *lines])
 
 
 def _names(config: Path, report: Report) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 from collections.abc import Callable
@@ -17,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 # The module of each command, and its line in the help text, which imports none of them.
 _COMMANDS = {
     "align": ("mergekit_karcher.cli.align", "Reorder the neurons of models to be averaged."),
-    "card": ("mergekit_karcher.cli.card", "Add the geometry of a merge to its model card."),
+    "card": ("mergekit_karcher.cli.card", "Say in a model card how its merge was made."),
     "doctor": (
         "mergekit_karcher.cli.doctor",
         "Say which karcher mergekit-yaml would run, and why.",
@@ -48,6 +49,14 @@ class _Group(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in sorted(_COMMANDS.items())])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        near = difflib.get_close_matches(args[0], _COMMANDS, n=1)
+        if args[0] not in _COMMANDS and near:
+            ctx.fail(f"No such command {args[0]!r}: did you mean {near[0]}?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

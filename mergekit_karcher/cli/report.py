@@ -10,7 +10,7 @@ from rich.console import Console
 from mergekit_karcher.cli.main import examples
 from mergekit_karcher.host.measure import report_on
 from mergekit_karcher.host.options import MergeOptions, ReadingCommand, add_merge_options
-from mergekit_karcher.report.store import NO_PLOTS, make_folder, write
+from mergekit_karcher.report.store import JSON, MARKDOWN, NO_PLOTS, make_folder, plots_in, write
 from mergekit_karcher.report.text import show
 
 
@@ -46,8 +46,12 @@ def main(config: Path, out: Path | None, as_json: bool, merge_options: MergeOpti
     if as_json:
         click.echo(report.model_dump_json(by_alias=True))
     else:
-        console = Console()
-        # Wide enough for the table, where the output is no terminal that has a width.
-        show(report, console if console.is_terminal else Console(width=120))
-    if out is not None and not write(report, out):
+        show(report, Console())
+    if out is None:
+        return
+    has_plots = write(report, out)
+    if not merge_options.quiet:
+        plots = f" and {len(plots_in(out))} plots" if has_plots else ""
+        click.echo(f"Wrote {JSON}, {MARKDOWN}{plots} to {out}.", err=True)
+    if not has_plots:
         click.echo(NO_PLOTS, err=True)

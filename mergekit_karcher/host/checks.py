@@ -33,10 +33,8 @@ def check_merges(merges: Sequence[Any], run: MergeRun) -> None:
         name = merge.output_weight.name
         if merge.parameters["origin"] == "base" and merge.base_model not in merge.model_order:
             raise no_base(name)
-        weights = weights_of(merge)
-        labels = [run.label(name, str(model)) for model in weights]
-        check_weights([*weights.values()], labels, name)
-        _check_presence(merge, [*weights])
+        check_weights_in(merge, run)
+        _check_presence(merge, [*weights_of(merge)])
     if any(merge.parameters["granularity"] == "model" for merge in merges):
         check_uniform([{"weight": _by_name(merge), **merge.parameters} for merge in merges])
         _check_metrics(merges)
@@ -50,6 +48,13 @@ def weights_of(merge: Any) -> dict[Any, float]:
         for model in merge.model_order
         if model != base
     }
+
+
+def check_weights_in(merge: Any, run: MergeRun) -> None:
+    """Raise `KarcherError` unless the weights of a merge task can be used."""
+    name, weights = merge.output_weight.name, weights_of(merge)
+    labels = [run.label(name, str(model)) for model in weights]
+    check_weights([*weights.values()], labels, name)
 
 
 def check_uniform(parameters: Sequence[Mapping[str, Any]]) -> None:

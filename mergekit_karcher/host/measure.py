@@ -26,9 +26,13 @@ from mergekit_karcher.report.build import build
 from mergekit_karcher.report.names import RAW_SUFFIXES, is_local
 from mergekit_karcher.report.schema import Report
 
-# What karcher reads of the config of another method; fisher's has metrics as well.
+# Our methods, which a report sees as they are; others are seen as karcher would merge their models.
+_OURS = (*NAMES, FISHER)
+
+_LOG = logging.getLogger(__name__)
+
+# What karcher reads of the config of another method.
 _SHARED_WITH_OTHERS = ("weight",)
-_SHARED_WITH_FISHER = ("weight", "metric", "floor")
 
 
 def report_on(path: Path, options: Any) -> Report:
@@ -37,7 +41,7 @@ def report_on(path: Path, options: Any) -> Report:
     Arguments:
         path: A config of mergekit-yaml or mergekit-pytorch, of any merge method: of another one the
             models are taken, their weights without sign, and the base, as origin of the tensors
-            that two more models share with it; of fisher the metrics, too.
+            that two more models share with it.
         options: mergekit's `MergeOptions`.
 
     Returns:
@@ -58,13 +62,14 @@ def report_on(path: Path, options: Any) -> Report:
     asked_for = str(document.get("merge_method"))
     config, tasks, sliced = _planned_as_karcher(document, asked_for, options)
     checkpoints = Checkpoints()
-    merges = checkpoints.present(merge_tasks(tasks, NAMES))
+    merges = checkpoints.present(merge_tasks(tasks, _OURS))
     if not merges:
         raise KarcherError(f"There is nothing to report on in {path}: it merges no tensor.")
     _stop_for([*problems(merges, checkpoints, sliced=sliced)])
     for sentence in left_out(merges, checkpoints, sliced=sliced):
-        logging.getLogger(__name__).warning(sentence)
-    run = checked_run(merges, config, path.name, KARCHER, watched=True)
+        _LOG.warning(sentence)
+    method = FISHER if asked_for == FISHER else KARCHER
+    run = checked_run(merges, config, path.name, method, watched=True)
     planned = planned_of(config, merges, asked_for)
     if all(_input_count(merge) < 2 for merge in merges):
         raise KarcherError(
@@ -76,10 +81,11 @@ def report_on(path: Path, options: Any) -> Report:
     means = dict(run.means)
     if isinstance(results[0], KarcherMean):
         means = dict.fromkeys(run.observations, results[0])
-    return build(planned, run.observations, means)
+    return build(planned, run.observations, means, run.shares)
 
 
 def _stop_for(reasons: Sequence[str]) -> None:
+    """Raise `KarcherError` with all that would stop a merge."""
     if reasons:
         listed = "\n".join(f"- {reason}" for reason in reasons) if len(reasons) > 1 else reasons[0]
         several = f"{len(reasons)} things would stop this merge:\n" if len(reasons) > 1 else ""
@@ -99,11 +105,10 @@ def _input_count(merge: Any) -> int:
 
 def _planned_as_karcher(
     document: dict[str, Any], asked_for: str, options: Any
-) -> tuple[Any, Sequence[Any]]:
-    """The config and its plan, with karcher in the place of another merge method."""
-    if asked_for not in NAMES:
-        shared = _SHARED_WITH_FISHER if asked_for == FISHER else _SHARED_WITH_OTHERS
-        document = _stripped(document, shared) | {"merge_method": KARCHER}
+) -> tuple[Any, Sequence[Any], bool]:
+    """A config, its plan with karcher in the place of another method, whether it names layers."""
+    if asked_for not in _OURS:
+        document = _stripped(document, _SHARED_WITH_OTHERS) | {"merge_method": KARCHER}
     models = list(named_in(document))
     for model in models:
         place = model.split("+")[0].split("@")[0]
@@ -112,7 +117,7 @@ def _planned_as_karcher(
     raw = any(model.endswith(RAW_SUFFIXES) for model in models)
     with restricted_unpickling():
         config, tasks, sliced = (_planned_raw if raw else _planned)(document, options)
-    ours = tasks if asked_for in NAMES else [_as_ours(task) for task in tasks]
+    ours = tasks if asked_for in _OURS else [_as_ours(task) for task in tasks]
     return config, ours, sliced
 
 
@@ -124,6 +129,7 @@ def _as_ours(task: Any) -> Any:
     if merge is None:
         return task
     around_base = merge.base_model in merge.model_order and len(merge.model_order) > 2
+    # Other methods have no parameter to say so by, and nothing that stops them.
     parameters = {
         **dict(merge.parameters.items()),
         "origin": "base" if around_base else "zero",
@@ -159,20 +165,19 @@ def _stripped(part: Any, shared: Sequence[str]) -> Any:
     }
 
 
-def _planned(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]]:
+def _planned(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any], bool]:
     from mergekit.architecture import get_architecture_info
     from mergekit.config import MergeConfiguration
     from mergekit.io.tasks import LoaderCache
     from mergekit.plan import MergePlanner
 
     from mergekit_karcher.host.config_checks import check_settings
+    from mergekit_karcher.host.plan import dequantise, names_layers
 
     config = _validated(MergeConfiguration, document)
     models = config.referenced_models()
     cache = LoaderCache()
     cache.setup(options=options)
-    from mergekit_karcher.host.plan import dequantise, names_layers
-
     dequantise(cache, tqdm(models, desc="Warmup loader cache", disable=options.quiet))
     planner = MergePlanner(
         config,
@@ -187,16 +192,15 @@ def _planned(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]
     return config, compat.original(MergePlanner.plan_to_disk)(planner, ""), sliced
 
 
-def _planned_raw(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]]:
+def _planned_raw(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any], bool]:
     from mergekit import merge_methods
     from mergekit.scripts import merge_raw_pytorch
 
     from mergekit_karcher.host.config_checks import check_settings
+    from mergekit_karcher.host.plan import dequantise_raw
 
     config = _validated(merge_raw_pytorch.RawPyTorchMergeConfig, document)
     check_settings(config, merge_methods.get(config.merge_method).spec)
-    from mergekit_karcher.host.plan import dequantise_raw
-
     dequantise_raw(merge_raw_pytorch.SimpleLoaderCache(), config, options)
     plan = compat.original(merge_raw_pytorch.plan_flat_merge)
     with contextlib.redirect_stderr(io.StringIO()) if options.quiet else contextlib.nullcontext():

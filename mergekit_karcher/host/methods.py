@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from mergekit.merge_methods.base import MergeMethod, MergeMethodSpec, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
@@ -22,12 +23,13 @@ from mergekit_karcher.host.rows import RowLayout
 from mergekit_karcher.host.run import FISHER, MergeRun
 from mergekit_karcher.means.autograd import merge, merge_whole
 from mergekit_karcher.means.finite import check_result
-from mergekit_karcher.means.fisher import precision_weighted
+from mergekit_karcher.means.fisher import precision_weighted, shares_of
 from mergekit_karcher.means.inputs import Inputs, checked_inputs
 from mergekit_karcher.means.products import Products, needs_exact, products_of
 from mergekit_karcher.means.result import KarcherMean
-from mergekit_karcher.means.solve import combined, solve
+from mergekit_karcher.means.solve import Solution, combined, solve
 from mergekit_karcher.report.observation import observed
+from mergekit_karcher.sphere.pairwise import geometry_of_gram
 
 
 class TensorToMerge(NamedTuple):
@@ -172,27 +174,24 @@ class KarcherMerge(_InMemory):
                     "mergekit-karcher, or take granularity: tensor."
                 )
             settings = settings_of(tensor.parameters)
-            result, solution = merge(inputs, settings, keep_products=run.watched, saved_as=saved_as)
-            mean = solution.mean
-            self._observe(tensor, inputs, solution.products)
+            result, solution = merge(inputs, settings, with_base=run.watched, saved_as=saved_as)
+            self._observe(tensor, inputs, solution)
         else:
             result = combined(inputs, mean, saved_as)
-        run.record(inputs.name, mean, len(tensor.group.entries))
+            run.record(inputs.name, mean, len(tensor.group.entries))
         return tensor.layout.restored(result, tensor.group.tensors[0].shape)
 
     def measure(self, tensor: TensorToMerge) -> None:
         """The mean of one tensor, told to its run like that of a merge, without an output."""
-        inputs, run = self._inputs(tensor), tensor.run
-        solution = solve(inputs, settings_of(tensor.parameters), keep_products=run.watched)
-        self._observe(tensor, inputs, solution.products)
-        run.record(inputs.name, solution.mean, len(tensor.group.entries))
+        inputs = self._inputs(tensor)
+        settings = settings_of(tensor.parameters)
+        self._observe(tensor, inputs, solve(inputs, settings, with_base=tensor.run.watched))
 
     def products(self, tensor: TensorToMerge) -> Products:
         """One tensor's part of the inner products of the models that have a weight."""
         inputs, watched = self._inputs(tensor), tensor.run.watched
-        exact = needs_exact(inputs.tensors)
-        products = products_of(inputs, with_base=watched, exact=exact)
-        self._observe(tensor, inputs, [products] if watched else [])
+        products = products_of(inputs, with_base=watched, exact=needs_exact(inputs.tensors))
+        _compare(tensor, inputs, products)
         return products.of(slice(len(inputs.tensors)))
 
     def _inputs(self, tensor: TensorToMerge) -> Inputs:
@@ -206,14 +205,11 @@ class KarcherMerge(_InMemory):
             tensor.run.note_zero_metrics(inputs.name)
         return inputs.sharing_a_metric(tensor.parameters["floor"], always=whole)
 
-    def _observe(self, tensor: TensorToMerge, inputs: Inputs, products: Sequence[Products]) -> None:
-        """Tell a run that is to be reported on what the inputs look like to each other."""
-        group = tensor.group
-        entries = group.entries if inputs.base is None else group.non_base
-        models = [str(entries[place].id) for place in inputs.places]
-        base = None if group.base is None else str(group.base.id)
-        for of_inputs in products:
-            tensor.run.observe(observed(inputs, of_inputs, models, base))
+    def _observe(self, tensor: TensorToMerge, inputs: Inputs, solution: Solution) -> None:
+        """Tell a run how a tensor of its own mean came out."""
+        _compare(tensor, inputs, solution.products[0])
+        present = len(tensor.group.entries)
+        tensor.run.record(inputs.name, solution.mean, present, solution.blocks)
 
     def _merge_whole(
         self,
@@ -257,13 +253,41 @@ class FisherMerge(_InMemory):
         self, tensor: TensorToMerge, *, saved_as: torch.dtype | None = None
     ) -> torch.Tensor:
         """One output tensor, told to its run; as by `KarcherMerge.merge_tensor`."""
+        inputs = self._inputs(tensor)
+        result = precision_weighted(inputs, tensor.parameters["floor"], saved_as)
+        tensor.run.record(inputs.name, None, len(tensor.group.entries))
+        return result
+
+    def measure(self, tensor: TensorToMerge) -> None:
+        """How much each input of one tensor counts, told to its run, and how far they are apart."""
+        inputs = self._inputs(tensor)
+        shares = shares_of(inputs, tensor.parameters["floor"])
+        _compare(tensor, inputs, products_of(inputs))
+        tensor.run.weigh(inputs.name, shares)
+
+    def _inputs(self, tensor: TensorToMerge) -> Inputs:
         without_base = tensor.parameters["origin"] == "base"
         inputs = tensor.inputs(around_base=False, without_base=without_base)
         if inputs.metrics_are_zero:
             tensor.run.note_zero_metrics(inputs.name)
-        result = precision_weighted(inputs, tensor.parameters["floor"], saved_as)
-        tensor.run.record(inputs.name, None, len(tensor.group.entries))
-        return result
+        return inputs
+
+
+def _compare(tensor: TensorToMerge, inputs: Inputs, products: Products) -> None:
+    """Tell a run how far the inputs of a tensor are apart; for a report, all that there is to it.
+
+    products: those of the inputs, and where the run is watched of a base that is their origin.
+    """
+    group, run, around_base = tensor.group, tensor.run, inputs.base is not None
+    vectors = products.of(slice(len(inputs.tensors)))
+    angles = geometry_of_gram(vectors.grams[0], vectors.exponents[0]).angles
+    pairs = [float(angle) for angle in angles[np.tril_indices(len(angles), -1)]]
+    run.compare(inputs.name, inputs.tensors[0].numel(), pairs, around_base=around_base)
+    if run.watched:
+        entries = group.non_base if around_base else group.entries
+        models = [str(entries[place].id) for place in inputs.places]
+        base = None if group.base is None else str(group.base.id)
+        run.observe(observed(inputs, products, models, base))
 
 
 def make_method(name: str) -> Any:

@@ -19,6 +19,7 @@ from mergekit_karcher.host import compat
 from mergekit_karcher.host.checks import (
     NAMES,
     check_merges,
+    check_weights_in,
     warn_of_a_base_that_takes_part,
 )
 from mergekit_karcher.host.config_checks import (
@@ -38,7 +39,7 @@ from mergekit_karcher.host.graph import (
 from mergekit_karcher.host.metric_loads import MetricFiles, warn_of_mixed_metrics
 from mergekit_karcher.host.preflight import Checkpoints, problems
 from mergekit_karcher.host.quantised import dequantising, without_quantisation
-from mergekit_karcher.host.report_context import planned_of
+from mergekit_karcher.host.report_context import planned_of, settings_in_effect
 from mergekit_karcher.host.run import FISHER, KARCHER, MergeRun, announce
 from mergekit_karcher.host.tasks import (
     MergeTensor,
@@ -174,6 +175,10 @@ def checked_run(
     warn_of_mixed_metrics(merges)
     if method == KARCHER:
         check_merges(merges, run)
+    else:
+        for merge in merges:
+            check_weights_in(merge, run)
+    run.settings = settings_in_effect(merges)
     return run
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from mergekit_karcher.host.checks import weights_of
 from mergekit_karcher.host.graph import has_metric, only_tied
+from mergekit_karcher.host.run import FISHER
+from mergekit_karcher.report.apart import plain_range
 from mergekit_karcher.report.build import Planned
 from mergekit_karcher.report.names import is_local, short_names
 from mergekit_karcher.report.observation import ROUNDOFF
@@ -35,7 +39,8 @@ def planned_of(config: Any, merges: Sequence[Any], asked_for: str) -> Planned:
         models,
         base,
         {
-            merge.output_weight.name: merge.parameters["granularity"]
+            # fisher weighs every element by itself.
+            merge.output_weight.name: next(iter(_used([merge], "granularity")), "element")
             for merge in merges
             if not only_tied(merge)
         },
@@ -43,34 +48,65 @@ def planned_of(config: Any, merges: Sequence[Any], asked_for: str) -> Planned:
     )
 
 
+def settings_in_effect(merges: Sequence[Any]) -> list[str]:
+    """The weights and settings that the merge tasks of a plan have, as lines for people."""
+    models, _ = _models(merges)
+    weights = [
+        f"{model.name} {plain_range(model.weight_range)}"
+        for model in models.values()
+        if model.weight_range
+    ]
+    origin = [f"base: {model.name}" for model in models.values() if not model.weight_range]
+    settings = [
+        f"{parameter}: {' and '.join(values)}"
+        for parameter in ("granularity", "origin", "magnitude")
+        if (values := _used(merges, parameter))
+    ]
+    return [f"weights: {'; '.join([', '.join(weights), *origin])}", ", ".join(settings)]
+
+
 def _models(merges: Sequence[Any]) -> tuple[dict[str, Model], str | None]:
     """The models of a plan by their paths, and the path of the base among them."""
     paths = list(dict.fromkeys(str(model) for merge in merges for model in merge.model_order))
     bases = dict.fromkeys(str(m.base_model) for m in merges if m.base_model is not None)
     base = next((path for path in bases if path in paths), None)
-    names = short_names(paths, is_local)
+    names, shares = short_names(paths, is_local), _shares(merges)
     models = {
         path: Model(
             name=names[path],
             hub_ids=[part.split("@")[0] for part in path.split("+") if not is_local(part)],
             is_base=path == base,
+            weight_range=(min(shares[path]), max(shares[path])) if path in shares else None,
         )
         for path in paths
     }
     return models, base
 
 
-def _settings(config: Any, merges: Sequence[Any], asked_for: str) -> Settings:
-    def used(parameter: str) -> list[str]:
-        return list(dict.fromkeys(str(merge.parameters[parameter]) for merge in merges))
+def _shares(merges: Sequence[Any]) -> dict[str, list[float]]:
+    """The weights that each model has in the tensors of a plan; those of a tensor sum to one."""
+    shares = defaultdict(list)
+    for merge in merges:
+        weights = weights_of(merge)
+        for model, weight in weights.items():
+            shares[str(model)].append(weight / (sum(weights.values()) or 1.0))
+    return shares
 
+
+def _used(merges: Sequence[Any], parameter: str) -> list[str]:
+    """The values that a parameter has; none where the method does not know it."""
+    known = [merge.parameters for merge in merges if parameter in merge.parameters]
+    return list(dict.fromkeys(str(parameters[parameter]) for parameters in known))
+
+
+def _settings(config: Any, merges: Sequence[Any], asked_for: str) -> Settings:
     return Settings(
         merge_method=asked_for,
         as_karcher=asked_for != config.merge_method,
-        granularity=used("granularity"),
-        origin=used("origin"),
-        magnitude=used("magnitude"),
+        granularity=_used(merges, "granularity"),
+        origin=_used(merges, "origin"),
+        magnitude=_used(merges, "magnitude"),
         dtype=config.dtype,
         out_dtype=config.out_dtype,
-        in_metric=any(has_metric(merge) for merge in merges),
+        in_metric=asked_for != FISHER and any(has_metric(merge) for merge in merges),
     )

@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import click
-import numpy as np
 
 from mergekit_karcher.means.result import KarcherMean
+from mergekit_karcher.report.apart import Apart
 from mergekit_karcher.report.observation import Observation
-from mergekit_karcher.sphere.results import Status
+from mergekit_karcher.sphere.results import SphereMeans, Status
+from mergekit_karcher.sphere.trig import Floats
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,8 +36,9 @@ class MergeRun:
         names: For each output tensor that is to be merged, what each model that takes part calls
             it, by model.
 
-    observations, means: What a report needs, by output tensor; means are over the inputs that have
-    a weight.
+    settings: Lines of the summary that say which weights and settings are in effect.
+    observations, means, shares: What a report needs, by output tensor; means and shares are over
+    the inputs that have a weight.
     """
 
     def __init__(
@@ -50,14 +52,17 @@ class MergeRun:
         self.title, self.method, self.watched = title, method, watched
         self.observations: dict[str, Observation] = {}
         self.means: dict[str, KarcherMean] = {}
+        self.shares: dict[str, Floats] = {}
         self._names = names or {}
         self._lock = threading.Lock()
+        self.settings: Sequence[str] = ()
         self._merged = 0
-        self._largest_angle = 0.0
-        self._flagged: dict[str, list[str]] = {
-            "not certified unique": [],
-            "fell back to the linear mean": [],
-            "not converged": [],
+        self._apart = {"models": Apart(), "changes from the base": Apart()}
+        # For each thing to look at: of the tensor of a name, how many vectors out of how many.
+        self._flagged: dict[str, dict[str, tuple[int, int]]] = {
+            "not certified unique": {},
+            "fell back to the linear mean": {},
+            "not converged": {},
         }
         self._incomplete: list[str] = []
         self._zero_metrics: list[str] = []
@@ -73,13 +78,27 @@ class MergeRun:
         with self._lock:
             self.observations[observation.name] = observation
 
-    def record(self, name: str, mean: KarcherMean | None, present: int) -> None:
+    def compare(self, name: str, size: int, angles: Iterable[float], *, around_base: bool) -> None:
+        """Count the angles between the inputs of a tensor, NaN where one has no direction."""
+        what = "changes from the base" if around_base else "models"
+        with self._lock:
+            self._apart[what].add(name, size, (a for a in angles if not math.isnan(a)))
+
+    def weigh(self, name: str, shares: Floats) -> None:
+        """Keep for the report how much each input of a tensor counts."""
+        with self._lock:
+            self.shares[name] = shares
+
+    def record(
+        self, name: str, mean: KarcherMean | None, present: int, blocks: Sequence[SphereMeans] = ()
+    ) -> None:
         """Count a merged tensor.
 
         Arguments:
             name: The output tensor.
             mean: Its Karcher mean, if it has one.
             present: How many of the models that take part have the tensor.
+            blocks: The means of its rows, where it has its own mean.
         """
         with self._lock:
             self._merged += 1
@@ -89,14 +108,16 @@ class MergeRun:
                 return
             if self.watched:
                 self.means[name] = mean
-            if not np.isnan(mean.angles).all():
-                self._largest_angle = max(self._largest_angle, float(np.nanmax(mean.angles)))
-            if mean.status is Status.NOT_UNIQUE:
-                self._flagged["fell back to the linear mean"].append(name)
-            elif not mean.unique:
-                self._flagged["not certified unique"].append(name)
-            if mean.status is Status.NOT_CONVERGED:
-                self._flagged["not converged"].append(name)
+            statuses = [status for block in blocks for status in block.statuses] or [mean.status]
+            unique = [bool(one) for block in blocks for one in block.unique] or [mean.unique]
+            fell_back = [status is Status.NOT_UNIQUE for status in statuses]
+            unproven = [not (u or fell) for u, fell in zip(unique, fell_back, strict=True)]
+            unfinished = [status is Status.NOT_CONVERGED for status in statuses]
+            for what, of_rows in zip(
+                self._flagged.values(), (unproven, fell_back, unfinished), strict=True
+            ):
+                if any(of_rows):
+                    what[name] = (sum(of_rows), len(of_rows))
 
     def note_zero_metrics(self, name: str) -> None:
         """Remember a tensor whose metrics are zero in every model; warn of the first."""
@@ -125,23 +146,37 @@ class MergeRun:
         )
 
     def lines(self) -> Iterator[str]:
-        """The summary, then at most one line of names for each thing to look at."""
+        """The summary, the settings, and at most one line of names for each thing to look at."""
         merged = f"{self.method} {self.title}: {self._merged} tensors merged"
         if self.method == FISHER:
             yield f"{merged}, each parameter weighed by the metrics of its models."
         else:
-            counts = ", ".join(f"{len(names)} {what}" for what, names in self._flagged.items())
-            degrees = math.degrees(self._largest_angle)
-            yield f"{merged}, largest angle to the mean {degrees:.3g} degrees, {counts}."
+            apart = [f"{what} {words}" for what, a in self._apart.items() if (words := a.words)]
+            counts = [f"{_count(flagged)} {what}" for what, flagged in self._flagged.items()]
+            yield f"{', '.join([merged, *apart, *counts])}."
+        yield from (f"  {line}" for line in self.settings)
         if self._zero_metrics:
             names = _listed(self._zero_metrics)
             yield f"  metrics zero in every model, merged as without any: {names}"
-        for what, names_of_flag in self._flagged.items():
-            if names_of_flag:
-                yield f"  {what}: {_listed(names_of_flag)}"
+        for what, flagged in self._flagged.items():
+            if flagged:
+                names = _listed([_with_rows(name, *of) for name, of in flagged.items()])
+                yield f"  {what}: {names}"
         if self._incomplete:
             names = _listed(self._incomplete)
             yield f"  missing from some models, merged from those that have them: {names}"
+
+
+def _count(flagged: Mapping[str, tuple[int, int]]) -> str:
+    """How many there are: rows where a tensor has several, or else tensors."""
+    count = sum(rows for rows, _ in flagged.values())
+    if all(of == 1 for _, of in flagged.values()):
+        return str(count)
+    return f"{count} row{'' if count == 1 else 's'}"
+
+
+def _with_rows(name: str, rows: int, of: int) -> str:
+    return name if of == 1 else f"{name} ({rows} of {of} rows)"
 
 
 def announce(run: MergeRun) -> None:

@@ -30,16 +30,16 @@ def merge(
     inputs: Inputs,
     settings: Settings,
     *,
-    keep_products: bool = False,
+    with_base: bool = False,
     saved_as: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, Solution]:
     """The mean of the inputs of one output tensor, new, of the dtype that they promote to.
 
-    Gradients flow to each input that requires one, and to the base. keep_products is for a report;
-    saved_as is what the result is cast to in the end. Raises `KarcherError` if an input is not
-    finite, or the mean beyond the dtype that it is saved in.
+    Gradients flow to each input that requires one, and to the base. with_base is for a report, and
+    adds the base to the products; saved_as is what the result is cast to in the end. Raises
+    `KarcherError` if an input is not finite, or the mean beyond the dtype that it is saved in.
     """
-    (result,), solution = _applied([inputs], None, settings, keep_products, saved_as)
+    (result,), solution = _applied([inputs], None, settings, with_base, saved_as)
     return result, solution
 
 
@@ -73,12 +73,12 @@ class _Merge(torch.autograd.Function):
         parts: Sequence[Inputs],
         counted: Sequence[bool] | None,  # None for the inputs of one tensor
         settings: Settings,
-        keep_products: bool,
+        with_base: bool,
         saved_as: torch.dtype | None,
         *tensors: torch.Tensor,
     ) -> tuple[Any, ...]:
         if counted is None:
-            solution = solve(parts[0], settings, keep_products=keep_products)
+            solution = solve(parts[0], settings, with_base=with_base)
         else:
             solution = solve_whole(list(itertools.compress(parts, counted)), settings)
         ctx.save_for_backward(*tensors)

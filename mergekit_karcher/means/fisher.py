@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from mergekit_karcher.kernels.precision import precision_mean
+from mergekit_karcher.kernels.shares import precision_shares
 from mergekit_karcher.means.finite import check_result
 from mergekit_karcher.means.inputs import Inputs, checked_inputs
 from mergekit_karcher.means.metric import FLOOR, check_floor, warn_of_zeros
+from mergekit_karcher.sphere.trig import Floats
 
 
 def fisher_mean(
@@ -77,3 +80,17 @@ def precision_weighted(
         )
     check_result(result, inputs, saved_as or result.dtype)
     return result
+
+
+def shares_of(inputs: Inputs, floor: float) -> Floats:
+    """How much each of N inputs counts in `precision_weighted`, on average over elements, (N,)."""
+    check_floor(floor)
+    alike = (None,) * len(inputs.tensors)
+    metrics = alike if inputs.metrics_are_zero else inputs.metrics or alike
+    return np.array(
+        precision_shares(
+            [None if metric is None else metric.values for metric in metrics],
+            inputs.weights.tolist(),
+            [0.0 if metric is None else floor * metric.mean for metric in metrics],
+        )
+    )

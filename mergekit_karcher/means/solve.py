@@ -52,8 +52,8 @@ class Solution:
 
     mean: KarcherMean  # of all rows together
     blocks: tuple[SphereMeans, ...]  # of the rows that were solved together, as in `row_slices`
-    # Those of each output tensor's inputs, all rows together, with the base as the last vector if
-    # there is one; empty unless they were asked for.
+    # Those of the inputs, all rows together, with the base as the last vector if it was asked for;
+    # empty for a whole model.
     products: tuple[Products, ...]
 
 
@@ -65,7 +65,7 @@ def check_stopping(max_iter: int, tol: float) -> None:
         raise KarcherError(f"tol is {tol}: give a positive, finite angle in radians, such as 1e-9.")
 
 
-def solve(inputs: Inputs, settings: Settings, *, keep_products: bool = False) -> Solution:
+def solve(inputs: Inputs, settings: Settings, *, with_base: bool = False) -> Solution:
     """The mean of the inputs of one output tensor, as one vector each or row by row.
 
     Scratch memory is bounded, but for N coefficients a row. Raises `KarcherError` if an input is
@@ -76,16 +76,15 @@ def solve(inputs: Inputs, settings: Settings, *, keep_products: bool = False) ->
     coefficients = np.empty((inputs.tensors[0].shape[0] if by_row else 1, count))
     blocks, lengths, kept = [], [], []
     for rows in row_slices(inputs, settings):
-        products, means = _solve_block(inputs.rows(rows), settings, by_row, keep_products)
+        products, means = _solve_block(inputs.rows(rows), settings, by_row, with_base)
         lengths.append(_lengths(products.of(slice(count)), means.coefficients))
-        if keep_products:
-            kept.append(products.over_rows())
+        kept.append(products.over_rows())
         coefficients[rows] = means.coefficients
         # The largest of the rows is all that is told of their angles.
         angles = np.fmax.reduce(means.angles, axis=0, keepdims=True)
         blocks.append(replace(means, angles=angles, coefficients=coefficients[rows]))
     mean = over_rows(blocks, coefficients if by_row else coefficients[0], lengths)
-    return Solution(mean, tuple(blocks), (total(kept),) if keep_products else ())
+    return Solution(mean, tuple(blocks), (total(kept),))
 
 
 def solve_whole(parts: Sequence[Inputs], settings: Settings) -> Solution:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,9 +11,11 @@ import numpy as np
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.means.result import KarcherMean
+from mergekit_karcher.report.apart import apart, average
 from mergekit_karcher.report.kinds import ORDER, kind_of, layer_of
 from mergekit_karcher.report.observation import RMS_ROUNDING, Observation
 from mergekit_karcher.report.schema import (
+    NOISE,
     SCHEMA,
     Kind,
     Model,
@@ -21,6 +24,7 @@ from mergekit_karcher.report.schema import (
     Tensor,
     Vector,
     View,
+    noise_in,
     seen,
 )
 from mergekit_karcher.report.verdict import verdict_of
@@ -47,12 +51,21 @@ class Planned(NamedTuple):
 
 
 def build(
-    planned: Planned, observations: Mapping[str, Observation], means: Mapping[str, KarcherMean]
+    planned: Planned,
+    observations: Mapping[str, Observation],
+    means: Mapping[str, KarcherMean],
+    shares: Mapping[str, Floats] | None = None,
 ) -> Report:
     """The report on all tensors of a merge that were observed, which buffers never are.
 
-    Observations and means are by output tensor; a mean is over the inputs that have a weight.
-    Raises KarcherError if no tensor was observed.
+    Arguments:
+        planned: What the plan says.
+        observations: By output tensor.
+        means: By output tensor, over the inputs that have a weight; empty for fisher.
+        shares: Of fisher, how much each of those inputs counts, by output tensor.
+
+    Raises:
+        KarcherError: If no tensor was observed.
     """
     models = list(planned.models)
     observed = [
@@ -63,10 +76,16 @@ def build(
             "There is nothing to report on: this config merges no tensor of floating-point numbers."
         )
     base = models.index(planned.base) if planned.base in models else None
-    tensors = [_tensor(planned, observation, means[observation.name]) for observation in observed]
+    tensors = [
+        _weighed(planned, observation, shares[observation.name])
+        if shares
+        else _tensor(planned, observation, means[observation.name])
+        for observation in observed
+    ]
     of_kinds = {kind: [tensor for tensor in tensors if tensor.kind == kind] for kind in ORDER}
     whole = joined([observation.zero for observation in observed])
     tasks, rounding = _whole_tasks(whole, base, observed)
+    noise = noise_in(rounding)
     report = Report(
         schema=SCHEMA,
         version=__version__,
@@ -76,18 +95,17 @@ def build(
         whole_tasks=tasks,
         whole_rounding=rounding,
         verdict="",
-        kinds=[_kind(kind, of_kind, base) for kind, of_kind in of_kinds.items() if of_kind],
+        overall=_kind("all", tensors, base, noise),
+        kinds=[_kind(kind, of_kind, base, noise) for kind, of_kind in of_kinds.items() if of_kind],
         tensors=tensors,
     )
     return report.model_copy(update={"verdict": verdict_of(report)})
 
 
 def _tensor(planned: Planned, observation: Observation, mean: KarcherMean) -> Tensor:
-    name, origin, weights = observation.name, observation.origin, observation.weights
-    sphere, shares = observation.sphere, _shares(observation)
-    granularity = planned.granularities[name]
-    coefficients, gap = None, None
-    if granularity == "row":
+    weights, sphere, shares = observation.weights, observation.sphere, _shares(observation)
+    coefficients, gap, difference = None, None, None
+    if planned.granularities[observation.name] == "row":
         angles = _over_models(mean.angles, weights)
     else:
         coefficients = _over_models(mean.coefficients, weights)
@@ -98,26 +116,59 @@ def _tensor(planned: Planned, observation: Observation, mean: KarcherMean) -> Te
         unit = roundoff * RMS_ROUNDING * _mean_norm(observation.zero, shares)
         distance = sphere.chord_between(known, shares) * _mean_norm(sphere, shares)
         gap = _listed(distance / (unit or np.nan))
+        length = _length(sphere, known)
+        difference = _listed(_length(sphere, known - shares) / (length or np.nan))
     directed = np.isfinite(angles)
     squared = shares[directed] @ angles[directed] ** 2 / (shares[directed].sum() or 1)
-    other = "zero" if origin == "base" else "base"
-    from_other, base = observation.view(other), observation.base
-    return Tensor(
-        name=name,
-        shape=list(observation.shape),
-        kind=kind_of(name),
-        layer=layer_of(name),
-        granularity=granularity,
-        **dict(_view(origin, sphere, sphere.linear_length(shares))),
+    return _described(planned, observation)(
         coefficients=None if coefficients is None else _listed(coefficients),
         angles_to_mean=_listed(angles),
         spread=float(np.sqrt(squared)) if directed.any() else None,
         unique=mean.unique,
         status=mean.status.name.lower(),
         linear_gap=gap,
+        linear_difference=difference,
+    )
+
+
+def _weighed(planned: Planned, observation: Observation, shares: Floats) -> Tensor:
+    """A tensor that fisher merges."""
+    return _described(planned, observation)(
+        coefficients=None,
+        angles_to_mean=[None] * len(observation.weights),
+        spread=None,
+        unique=True,
+        status="converged",
+        linear_gap=None,
+        linear_difference=None,
+        shares=_listed(_over_models(shares, observation.weights)),
+    )
+
+
+def _described(planned: Planned, observation: Observation) -> Callable[..., Tensor]:
+    """A tensor, but for what is known of its mean."""
+    name, origin, sphere = observation.name, observation.origin, observation.sphere
+    other = "zero" if origin == "base" else "base"
+    from_other, base, shares = observation.view(other), observation.base, _shares(observation)
+    return partial(
+        Tensor,
+        name=name,
+        shape=list(observation.shape),
+        kind=kind_of(name),
+        layer=layer_of(name),
+        granularity=planned.granularities[name],
+        **dict(_view(origin, sphere, sphere.linear_length(shares))),
         other=_view(other, from_other, from_other.linear_length(shares)) if from_other else None,
         rounding=_listed(_rounding(observation) / _unless_zero(base.norms)) if base else None,
     )
+
+
+def _length(sphere: PairwiseGeometry, coefficients: Floats) -> float:
+    """|sum k_i W_i|; the coefficients of missing vectors do not count."""
+    known = sphere.norms > 0
+    parts = coefficients[known] * sphere.norms[known]
+    squared = parts.sum() ** 2 - parts @ sphere.chords[np.ix_(known, known)] @ parts / 2
+    return float(np.sqrt(max(0.0, squared)))
 
 
 def _over_models(values: Floats, weights: Floats) -> Floats:
@@ -191,8 +242,9 @@ def _shares(observation: Observation) -> Floats:
     return normalised(np.nan_to_num(observation.weights))
 
 
-def _kind(kind: str, tensors: Sequence[Tensor], base: int | None) -> Kind:
+def _kind(kind: str, tensors: Sequence[Tensor], base: int | None, noise: Sequence[int]) -> Kind:
     from_zero, from_base = seen(tensors, "zero"), seen(tensors, "base")
+    weights, tasks = apart(tensors, "zero", base), apart(tensors, "base", base, noise)
     angles = [
         angle
         for tensor in tensors
@@ -200,9 +252,19 @@ def _kind(kind: str, tensors: Sequence[Tensor], base: int | None) -> Kind:
         for angle in view.pairs(base if tensor.origin == "base" else None)
     ]
     gaps = [tensor.linear_gap for tensor in tensors if tensor.linear_gap is not None]
+    only_noise = tasks.average is None and apart(tensors, "base", base).average is not None
     return Kind(
         kind=kind,
         tensors=len(tensors),
+        parameters=sum(tensor.size for tensor in tensors),
+        angle_average=weights.average,
+        linear_length_average=_average_length(tensors, "zero"),
+        linear_difference_average=average([(t.linear_difference, t.size) for t in tensors]),
+        task_angle_average=tasks.average,
+        task_angle_largest=tasks.largest if tasks.where else None,
+        task_is_noise=only_noise or (_rounding_median(tensors, noise) or 0.0) >= NOISE,
+        task_linear_length_average=_average_length(tensors, "base"),
+        shares=_average_shares(tensors),
         angle_median=_median(angles),
         angle_largest=max(angles, default=None),
         spread_median=_median(tensor.spread for tensor in tensors),
@@ -211,11 +273,40 @@ def _kind(kind: str, tensors: Sequence[Tensor], base: int | None) -> Kind:
         not_unique=sum(not tensor.unique for tensor in tensors),
         task_angle_median=_median(angle for view in from_base for angle in view.pairs()),
         task_linear_length_median=_median(view.linear_length for view in from_base),
-        task_rounding_median=_median(
-            max((share for share in tensor.rounding or () if share is not None), default=None)
-            for tensor in tensors
-        ),
+        task_rounding_median=_rounding_median(tensors),
     )
+
+
+def _rounding_median(tensors: Sequence[Tensor], without: Sequence[int] = ()) -> float | None:
+    """Over tensors, the rounding error of the model that it may have changed most."""
+    return _median(
+        max(
+            (
+                share
+                for place, share in enumerate(tensor.rounding or ())
+                if share is not None and place not in without
+            ),
+            default=None,
+        )
+        for tensor in tensors
+    )
+
+
+def _average_length(tensors: Sequence[Tensor], origin: str) -> float | None:
+    views = [(tensor.view(origin), tensor.size) for tensor in tensors]
+    return average([(view.linear_length, size) for view, size in views if view])
+
+
+def _average_shares(tensors: Sequence[Tensor]) -> Vector | None:
+    """How much each model counts where fisher merges; in a tensor that it lacks, not at all."""
+    sizes = [tensor.size for tensor in tensors if tensor.shares]
+    columns = zip(*(tensor.shares for tensor in tensors if tensor.shares), strict=True)
+    return [
+        average([(share or 0.0, size) for share, size in zip(column, sizes, strict=True)])
+        if any(share is not None for share in column)
+        else None
+        for column in columns
+    ] or None
 
 
 def _median(values: Iterable[float | None]) -> float | None:

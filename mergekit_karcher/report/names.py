@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 
 # What raw checkpoints of mergekit-pytorch end in.
-RAW_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+RAW_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".th", ".tar")
 
 
 def short_names(references: Sequence[str], local: Callable[[str], bool]) -> dict[str, str]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA = "mergekit-karcher/report/1"
+
+# Where rounding error is this share of a difference, it is as long as the true rest (sqrt(1/2)):
+# from there on angles mean nothing.
+NOISE = 0.7
 
 Vector = list[float | None]
 Matrix = list[Vector]
@@ -45,11 +50,14 @@ class Model(_Part):
 
     name: its Hub id, or for a local model the last part or parts of its path.
     hub_ids: of the model and its adapter, those that are on the Hub.
+    weight_range: the smallest and the largest of its weights over the tensors, where all weights of
+        a tensor sum to one; null for a base that the mean is taken around.
     """
 
     name: str
     hub_ids: list[str]
     is_base: bool
+    weight_range: tuple[float, float] | None = None
 
 
 class Settings(_Part):
@@ -85,9 +93,13 @@ class Tensor(_Part):
     linear_gap: the distance between the Karcher mean and the linear mean scaled to its length, in
         units of what rounding to the output's dtype changes, or to the dtype of the files where
         that is coarser; null with granularity row.
+    linear_difference: the distance between the Karcher mean and the linear mean, over the length of
+        the Karcher mean; null with granularity row.
     other: the same models as seen from the other origin, where there is a base model.
     rounding: for each model, what rounding to the dtype of its file may change, over the length
         of its difference from the base. From 0.7 on, the angles of that difference mean nothing.
+    shares: with merge_method fisher, how much each model counts, on average over the elements; they
+        sum to one. What only a Karcher mean has is then null.
     """
 
     name: str
@@ -105,8 +117,15 @@ class Tensor(_Part):
     unique: bool
     status: str
     linear_gap: float | None
+    linear_difference: float | None
     other: View | None
     rounding: Vector | None
+    shares: Vector | None = None
+
+    @property
+    def size(self) -> int:
+        """How many parameters it has."""
+        return math.prod(self.shape)
 
     def view(self, origin: str) -> View | None:
         """The models as seen from that origin."""
@@ -123,13 +142,25 @@ def seen(tensors: Iterable[Tensor], origin: str) -> list[View]:
 class Kind(_Part):
     """All tensors of one kind of module; see `Tensor` and `View` for what is summed up.
 
+    *_average: each tensor counts by its number of parameters.
     angle_*: over all tensors and pairs of models, as seen from zero.
-    task_*: as seen from the base model.
+    task_*: as seen from the base model; averages and the largest angle without the models whose
+        whole difference from it is noise.
     task_rounding_median: over tensors, of the model that rounding may have changed most.
+    task_is_noise: whether that is too much for the angles to mean anything, of those models.
     """
 
     kind: str
     tensors: int
+    parameters: int
+    angle_average: float | None
+    linear_length_average: float | None
+    linear_difference_average: float | None
+    task_angle_average: float | None
+    task_angle_largest: float | None
+    task_is_noise: bool
+    task_linear_length_average: float | None
+    shares: Vector | None = None
     angle_median: float | None
     angle_largest: float | None
     spread_median: float | None
@@ -150,6 +181,7 @@ class Report(_Part):
     whole_tasks: the same as seen from the base model; null where there is none.
     whole_rounding: as `Tensor.rounding`, of whole models.
     verdict: what the numbers mean, in a few sentences.
+    overall: all tensors together, as one kind of the name "all".
     """
 
     schema_: str = Field(SCHEMA, alias="schema")
@@ -160,6 +192,7 @@ class Report(_Part):
     whole_tasks: View | None
     whole_rounding: Vector | None
     verdict: str
+    overall: Kind
     kinds: list[Kind]
     tensors: list[Tensor]
 
@@ -168,3 +201,13 @@ class Report(_Part):
         """The place of a base that the mean is taken around, and so takes no part in it."""
         places = [place for place, model in enumerate(self.models) if model.is_base]
         return places[0] if places and self.settings.origin == ["base"] else None
+
+    @property
+    def noise(self) -> list[int]:
+        """The places of the models whose whole difference from the base is rounding error."""
+        return noise_in(self.whole_rounding)
+
+
+def noise_in(rounding: Vector | None) -> list[int]:
+    """The places where rounding error is so much of a difference that its angles mean nothing."""
+    return [place for place, share in enumerate(rounding or []) if share and share >= NOISE]

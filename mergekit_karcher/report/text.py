@@ -1,92 +1,170 @@
-"""A report for people: its table and verdict in the terminal and as Markdown."""
+"""A report for people: its tables and sentences in the terminal and as Markdown."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mergekit_karcher.report.schema import Kind, Report
-from mergekit_karcher.report.verdict import NOISE, output_dtype
+from mergekit_karcher.report.apart import plain
+from mergekit_karcher.report.schema import NOISE, Kind, Report
+from mergekit_karcher.report.verdict import advice_on
 
 _DEGREES = math.degrees(1)
 
+# All tables fit into this width; in a narrower terminal their lines are wrapped, and not cut.
+_WIDTH = 80
+_MODELS_IN_A_TABLE = 8
 
-def _shown(value: float | None, unit: float = 1, digits: int = 3) -> str:
-    return "" if value is None else f"{unit * value:.{digits}g}"
+
+def _shown(value: float | None, unit: float = 1) -> str:
+    return "" if value is None else plain(max(0.0, unit * value)).replace("less than ", "<")
 
 
 def _lost(length: float | None) -> str:
-    return _shown(None if length is None else 1 - length, 100, 2)
+    return _shown(None if length is None else 1 - length, 100)
 
 
 def _unless_noise(kind: Kind, shown: str, otherwise: str = "") -> str:
-    return otherwise if (kind.task_rounding_median or 0) >= NOISE else shown
+    return otherwise if kind.task_is_noise else shown
 
 
-Column = tuple[str, Callable[[Kind], str]]
+class Column(NamedTuple):
+    """One column of a table: its heading, its cell for a kind of module, and what it means."""
 
-_COLUMNS: Sequence[Column] = (
-    ("tensors", lambda kind: str(kind.tensors)),
-    ("angle", lambda kind: _shown(kind.angle_median, _DEGREES)),
-    ("largest", lambda kind: _shown(kind.angle_largest, _DEGREES)),
-    ("spread", lambda kind: _shown(kind.spread_median, _DEGREES)),
-    ("lost, %", lambda kind: _lost(kind.linear_length_median)),
-    ("to linear", lambda kind: _shown(kind.linear_gap_largest, digits=2)),
-    ("not unique", lambda kind: str(kind.not_unique)),
+    title: str
+    cell: Callable[[Kind], str]
+    meaning: str
+
+
+_TENSORS = Column("tensors", lambda kind: str(kind.tensors), "")
+_WEIGHTS = (
+    Column("angle", lambda kind: _shown(kind.angle_average, _DEGREES), ""),
+    Column("largest", lambda kind: _shown(kind.angle_largest, _DEGREES), ""),
 )
-_TASK_COLUMNS: Sequence[Column] = (
-    ("task angle", lambda k: _unless_noise(k, _shown(k.task_angle_median, _DEGREES), "noise")),
-    ("kept, %", lambda k: _unless_noise(k, _shown(k.task_linear_length_median, 100))),
-    ("rounding, %", lambda kind: _shown(kind.task_rounding_median, 100)),
+_LOST = Column(
+    "lost, %",
+    lambda kind: _lost(kind.linear_length_average),
+    "Lost: how much of their length plain averaging loses.",
 )
+_TASKS = (
+    Column(
+        "angle",
+        lambda k: _unless_noise(k, _shown(k.task_angle_average, _DEGREES), "noise"),
+        "",
+    ),
+    Column("largest", lambda k: _unless_noise(k, _shown(k.task_angle_largest, _DEGREES)), ""),
+    Column(
+        "kept, %",
+        lambda k: _unless_noise(k, _shown(k.task_linear_length_average, 100)),
+        "Kept: how much of the length of the changes plain averaging keeps.",
+    ),
+    Column(
+        "rounding, %",
+        lambda kind: _shown(kind.task_rounding_median, 100),
+        "Rounding: how much of the length of the changes may be rounding error of the files (from "
+        f"{100 * NOISE:.0f} % on they are noise).",
+    ),
+)
+_DIFFERENCE = Column(
+    "differs, %",
+    lambda kind: _shown(kind.linear_difference_average, 100),
+    "Differs: by how much of its length the Karcher mean is another one than plain averaging.",
+)
+_NOT_UNIQUE = Column(
+    "not unique",
+    lambda kind: str(kind.not_unique),
+    "Not unique: the tensors whose mean could not be proven unique.",
+)
+_DEFINITION = (
+    "Angles are in degrees, between two models: on average, where each tensor counts by its number "
+    "of parameters, and the largest."
+)
+
+
+def _tables(report: Report) -> dict[str, list[Column]]:
+    """The columns of each table, by its title; those of the mean stand where it is taken."""
+    weights, tasks = [_TENSORS, *_WEIGHTS], [*_TASKS]
+    if report.overall.shares:
+        return {"The weights": weights} | _shares(report)
+    weights.append(_LOST)
+    around_base = report.settings.origin == ["base"] and report.whole_tasks is not None
+    if report.overall.linear_difference_average is not None and not around_base:
+        weights.append(_DIFFERENCE)
+    if report.overall.not_unique:
+        (tasks if around_base else weights).append(_NOT_UNIQUE)
+    return {"The weights": weights} | (
+        {"The changes from the base": tasks} if report.whole_tasks else {}
+    )
+
+
+def _shares(report: Report) -> dict[str, list[Column]]:
+    """Tables with a column for each model that fisher merges, headed by its number."""
+
+    def column(place: int) -> Column:
+        return Column(
+            str(place + 1), lambda k: _shown(k.shares[place] if k.shares else None, 100), ""
+        )
+
+    shares = report.overall.shares or []
+    columns = [column(place) for place, share in enumerate(shares) if share is not None]
+    parts = [
+        columns[start : start + _MODELS_IN_A_TABLE]
+        for start in range(0, len(columns), _MODELS_IN_A_TABLE)
+    ]
+    if len(parts) == 1:
+        return {"How much each model counts, in %": columns}
+    return {
+        f"How much models {part[0].title} to {part[-1].title} count, in %": part for part in parts
+    }
 
 
 def legend(report: Report) -> str:
-    """A sentence or two for each column of the table."""
-    words = (
-        "Angles are in degrees. Angle: between two models, the median over tensors and pairs; "
-        "largest: the largest of them. Spread: the typical angle from a model to the mean, the "
-        "median over tensors. Lost: how much length plain averaging loses. To linear: the largest "
-        "difference between Karcher and averaging scaled to the same length, where 1 is what "
-        f"{output_dtype(report)} rounding changes (or that of the files, if it is coarser). "
-        "Not unique: the tensors whose mean could not be proven unique."
-    )
-    if report.whole_tasks:
-        words += (
-            " Task angle: between two task vectors (differences from the base). Kept: how much of "
-            "their length plain averaging keeps. Rounding: how much of their length may be "
-            f"rounding error of the files (from {100 * NOISE:.0f} % on they are noise)."
-        )
-    return words
+    """What the columns of the tables mean."""
+    columns = (column for columns in _tables(report).values() for column in columns)
+    return " ".join([_DEFINITION, *(column.meaning for column in columns if column.meaning)])
 
 
-def markdown_table(report: Report) -> str:
-    """The table in Markdown, with one row for each kind of module."""
-    columns = [*_COLUMNS, *(_TASK_COLUMNS if report.whole_tasks else ())]
-    lines = [
-        ["module", *(title for title, _ in columns)],
-        ["---", *["---:"] * len(columns)],
-        *([kind.kind, *(cell(kind) for _, cell in columns)] for kind in report.kinds),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _rows(report: Report) -> Iterable[Kind]:
+    """One for each kind of module, and one for all where there are several."""
+    return [*report.kinds, *([report.overall] if len(report.kinds) > 1 else [])]
+
+
+def markdown_tables(report: Report) -> str:
+    """The tables in Markdown, each under its title."""
+    parts = []
+    for title, columns in _tables(report).items():
+        lines = [
+            ["module", *(column.title for column in columns)],
+            ["---", *["---:"] * len(columns)],
+            *([kind.kind, *(column.cell(kind) for column in columns)] for kind in _rows(report)),
+        ]
+        parts += [f"**{title}**", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    return "\n\n".join(parts)
 
 
 def models_line(report: Report) -> str:
-    names = [model.name + (" (base)" if model.is_base else "") for model in report.models]
+    """The models by number, as the tables and plots call them."""
+    names = [
+        f"{number} {model.name}{' (base)' if model.is_base else ''}"
+        for number, model in enumerate(report.models, 1)
+    ]
     return f"Models: {', '.join(names)}."
 
 
 def markdown(report: Report, plots: Sequence[tuple[str, str]]) -> str:
     """The report in Markdown, without its single tensors, with a (file, title) for each plot."""
+    advice = advice_on(report)
     parts = [
         "# Geometry of this merge",
         report.verdict,
+        *([advice] if advice else []),
         models_line(report),
-        markdown_table(report),
+        markdown_tables(report),
         legend(report),
         *(f"![{title}]({file})" for file, title in plots),
     ]
@@ -94,18 +172,18 @@ def markdown(report: Report, plots: Sequence[tuple[str, str]]) -> str:
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the tables and the verdict, in colour if the console is a terminal."""
+    """Print the tables and the sentences, in colour if the console is a terminal."""
+    console.width = max(console.width, _WIDTH)
     console.print(models_line(report), markup=False, highlight=False)
-    tables = {"Geometry of this merge": _COLUMNS}
-    if report.whole_tasks:
-        tables["As seen from the base"] = _TASK_COLUMNS
-    for title, columns in tables.items():
+    for title, columns in _tables(report).items():
         table = Table(title=title, box=box.SIMPLE)
         table.add_column("module", no_wrap=True)
-        for name, _ in columns:
-            table.add_column(name, justify="right", no_wrap=True)
-        for kind in report.kinds:
-            table.add_row(kind.kind, *(cell(kind) for _, cell in columns))
+        for column in columns:
+            table.add_column(column.title, justify="right", no_wrap=True)
+        for kind in _rows(report):
+            table.add_row(kind.kind, *(column.cell(kind) for column in columns))
         console.print(table)
     console.print(legend(report), markup=False, highlight=False, style="dim")
     console.print(report.verdict, markup=False, highlight=False, style="bold")
+    if advice := advice_on(report):
+        console.print(advice, markup=False, highlight=False)

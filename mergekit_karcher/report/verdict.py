@@ -5,27 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mergekit_karcher.report.apart import Apart, apart, average, plain
 from mergekit_karcher.report.schema import Report, Tensor
 
-# Where rounding error is this share of a difference, it is as long as the true rest (sqrt(1/2)):
-# from there on angles mean nothing. Below the second share they are nearly right.
-NOISE = 0.7
+# Below NOISE, but from here on, rounding error is enough of a difference to change its angles.
 _SOME_NOISE = 0.3
 
 # From here on (radians) models have nothing in common: fine-tunes of one base are a few degrees
 # apart.
 _STRANGERS = math.radians(60)
 
+# Up to here (radians) fine-tunes of one base are as close as most are.
+_CLOSE = math.radians(5)
+
 # Averaging task vectors that are closer than this (radians) loses little, whatever the method.
 _AGREEING = math.radians(45)
 
-# From the measurements in benchmarks/quality.
+# A difference of two merges that is a smaller part of their length is practically none: rounding to
+# bfloat16 may change any number by as much, and nobody notices that.
+_PRACTICALLY_NONE = 2**-8
+
+# Tensors with a smaller part of all parameters are an exception, and not what a merge is like.
+_FEW = 0.1
+
 _EVIDENCE = (
-    "In our measurements, keeping the full length helped fine-tunes of a 135M language model that "
-    "were 0.2 degrees apart (by 0.05 to 0.07 bits per byte) and small classifiers with nearly "
-    "orthogonal task vectors (by 0.5 to 1.1 points of accuracy); it hurt tiny language models that "
-    "were 6 to 15 degrees apart (by 0.05 to 0.15 bits per byte), where magnitude: linear with "
-    "granularity: row was best."
+    "Whether keeping the full length helps has to be tried: it helped fine-tunes of a 135M "
+    "language model that were 0.2 degrees apart, and small classifiers; it hurt tiny language "
+    "models that were 6 to 15 degrees apart, where magnitude: linear with granularity: row was "
+    "best (docs/evidence.md has the numbers)."
 )
 
 _NAMES_SHOWN = 3
@@ -34,7 +41,7 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 def verdict_of(report: Report) -> str:
     """Sentences that say what the numbers of a report mean, and nothing that they do not show."""
-    sentences = [_apart(report), *_task_vectors(report), *_not_unique(report.tensors)]
+    sentences = [_models(report), *_task_vectors(report), *_not_unique(report.tensors)]
     if report.settings.as_karcher:
         method = report.settings.merge_method
         sentences.insert(
@@ -47,106 +54,163 @@ def verdict_of(report: Report) -> str:
     return " ".join(sentences)
 
 
-def _two_digits(value: float) -> str:
-    """Two significant digits, or as many as the whole number has."""
-    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+def advice_on(report: Report) -> str | None:
+    """What is known of models like these, beyond what the report shows."""
+    average_angle = report.overall.task_angle_average or 0.0
+    noisy = report.noise or report.settings.in_metric
+    asked = report.whole_tasks and not report.overall.shares
+    return _EVIDENCE if asked and not noisy and average_angle > _AGREEING else None
 
 
-def output_dtype(report: Report) -> str:
-    """The dtype whose rounding the merge ends with, to be followed by the word rounding."""
-    return report.settings.out_dtype or report.settings.dtype or "the output's"
+def relation(report: Report) -> str:
+    """How the models relate, as one sentence for those who have not seen the config."""
+    models = _apart(report, "zero")
+    if _are_equal(report):
+        return f"{_these(report)} have the same weights."
+    if models.average is None:
+        return f"{_these(report)} have no tensor in common whose directions could be compared."
+    degrees = plain(math.degrees(models.average))
+    return f"{_kin(report, models.average)}: their weights are {degrees} degrees apart on average."
 
 
-def _apart(report: Report) -> str:
-    """How far the models are apart, and whether the method matters."""
+def _kin(report: Report, angle: float) -> str:
+    """What models that are that far apart are to each other."""
+    if angle > _STRANGERS:
+        return f"{_these(report)} are strangers to each other"
+    if angle > _CLOSE:
+        return f"{_these(report)} are related, but far apart"
+    return f"{_these(report)} are close relatives"
+
+
+def _these(report: Report) -> str:
     norms = [norm for place, norm in enumerate(report.whole.norms) if place != report.apart]
     count = sum(norm is not None for norm in norms)
-    these = f"These {_NUMBERS[count] if count < len(_NUMBERS) else count} models"
+    return f"These {_NUMBERS[count] if count < len(_NUMBERS) else count} models"
+
+
+def _are_equal(report: Report) -> bool:
     angles = report.whole.pairs(report.apart)
-    if not angles:
-        return f"{these} have no tensor in common whose directions could be compared."
-    largest = max(angles)
-    if largest == 0 and len(set(norms)) == 1:
+    norms = {norm for place, norm in enumerate(report.whole.norms) if place != report.apart}
+    return bool(angles) and max(angles) == 0 and len(norms) == 1
+
+
+def _apart(report: Report, origin: str) -> Apart:
+    base = next((place for place, model in enumerate(report.models) if model.is_base), None)
+    return apart(report.tensors, origin, base, report.noise if origin == "base" else ())
+
+
+def _percent(share: float | None) -> str:
+    return f"{plain(100 * (share or 0.0))} %"
+
+
+def _models(report: Report) -> str:
+    """How far the models are apart, and whether the method matters."""
+    these, models = _these(report), _apart(report, "zero")
+    far = models.words
+    if models.average is None:
+        return relation(report)
+    if _are_equal(report):
         return f"{these} are the same, and so is every mean of them."
-    far = "" if count == 2 else "up to "
-    lead = f"{these} are {far}{_two_digits(math.degrees(largest))} degrees apart"
-    length = report.whole.linear_length
-    lost = 1 - length if length is not None else 0.0
-    if largest > _STRANGERS:
+    if report.overall.shares:
+        return f"{relation(report)} {_counts(report)}"
+    kept = report.overall.linear_length_average or 0.0
+    loses = f"plain averaging loses {_percent(1 - kept)} of their length"
+    if models.average > _STRANGERS:
         unique = all(tensor.unique for tensor in report.tensors)
         return (
-            f"{lead}, like strangers: plain averaging keeps {_two_digits(100 * (1 - lost))} % of "
-            f"their length, Karcher keeps {_keeps(report)}"
+            f"{_kin(report, models.average)}: their weights are {far}. Plain averaging keeps "
+            f"{_percent(kept)} of their length, karcher keeps {_keeps(report)}"
             f"{'' if unique else ' where the mean is unique'}, and neither makes a good network of "
             "models whose neurons are not aligned."
         )
-    return (
-        f"{lead}: {_difference(report)}; plain averaging loses {_two_digits(100 * lost)} % of "
-        "their length."
-    )
+    if report.apart is not None:
+        return f"{_kin(report, models.average)}: their weights are {far}, and {loses}."
+    return f"For {these[0].lower()}{these[1:]}, {_difference(report)}. They are {far}, and {loses}."
 
 
 def _difference(report: Report) -> str:
-    """How the Karcher mean differs from averaging scaled to the same length."""
-    gaps = {t.name: t.linear_gap for t in report.tensors if t.linear_gap and t.linear_gap >= 1}
-    if gaps:
-        worst = max(gaps, key=gaps.__getitem__)
+    """Whether the Karcher mean is another one than plain averaging."""
+    different = [tensor for tensor in report.tensors if _unlike_linear(tensor) > _PRACTICALLY_NONE]
+    share = sum(tensor.size for tensor in different) / max(1, report.overall.parameters)
+    if not different:
+        return "karcher gives practically the same as linear"
+    worst = max(different, key=_unlike_linear).name
+    if share < _FEW:
+        several = f"{len(different)} tensors (most in {worst})"
         return (
-            f"in {len(gaps)} of {len(report.tensors)} tensors Karcher differs from averaging "
-            f"scaled to the same length by more than {output_dtype(report)} rounding, most in "
-            f"{worst} ({gaps[worst]:.2g} times the rounding)"
+            "karcher gives practically the same as linear but in "
+            f"{worst if len(different) == 1 else several}, with {_percent(share)} of the parameters"
         )
-    if any(tensor.granularity == "row" for tensor in report.tensors):
-        return "the mean is taken row by row"
-    return (
-        "Karcher, SLERP and averaging scaled to the same length give the same weights to within "
-        f"{output_dtype(report)} rounding"
-    )
+    where = "" if share == 1 else f" in {_percent(share)} of the parameters (most in {worst})"
+    by = average([(tensor.linear_difference, tensor.size) for tensor in different])
+    amount = "" if by is None else f", by {_percent(by)} of their length"
+    return f"karcher and linear give different weights{where}{amount}"
+
+
+def _unlike_linear(tensor: Tensor) -> float:
+    """How much of the length of a tensor depends on karcher or linear; row by row at most."""
+    if tensor.linear_difference is not None:
+        return tensor.linear_difference
+    # A row is the shorter in a linear mean, the farther the models are from its direction.
+    return 1 - math.cos(min(tensor.spread or 0.0, math.pi / 2))
 
 
 def _keeps(report: Report) -> str:
     return "no more" if report.settings.magnitude == ["linear"] else "all of it"
 
 
+def _counts(report: Report) -> str:
+    """How much each model counts where fisher merges."""
+    by_model = zip(report.models, report.overall.shares or [], strict=True)
+    shares = {model.name: share for model, share in by_model if share is not None}
+    first, *others = sorted(shares, key=shares.__getitem__, reverse=True)[:_NAMES_SHOWN]
+    share, place, kind = max(
+        (share or 0.0, place, kind.kind)
+        for kind in report.kinds
+        for place, share in enumerate(kind.shares or [])
+    )
+    return (
+        f"In the fisher mean {first} counts for {_percent(shares[first])}, "
+        f"{', '.join(f'{name} for {_percent(shares[name])}' for name in others)} on average over "
+        f"all parameters; {kind} is the most one-sided, where {report.models[place].name} counts "
+        f"for {_percent(share)}."
+    )
+
+
 def _task_vectors(report: Report) -> list[str]:
     """How far the differences from the base are apart, where they are more than rounding error."""
     view, rounding = report.whole_tasks, report.whole_rounding
-    if view is None or rounding is None or view.linear_length is None:
+    if view is None or rounding is None or report.overall.shares:
         return []
-    noisy = [place for place, share in enumerate(rounding) if share is not None and share >= NOISE]
+    noisy = report.noise
     known = [place for place, norm in enumerate(view.norms) if norm and place not in noisy]
     names = ", ".join(report.models[place].name for place in noisy)
     if len(known) < 2 and noisy:
         return [
-            f"The differences of {names} from the base are hardly longer than the rounding error "
+            f"The changes that {names} made to the base are hardly longer than the rounding error "
             "of the files: the angles between them mean nothing, and no merge around the base can "
             "tell them from noise."
         ]
-    angles = view.pairs(*noisy)
-    if not angles:
+    tasks = _apart(report, "base")
+    if tasks.average is None:
         return []
-    mean = sum(angles) / len(angles)
-    apart = f"{_two_digits(math.degrees(mean))} degrees apart"
-    if len(angles) > 1:
-        apart += " on average"
+    far = tasks.words
     worst = max(share for place in known if (share := rounding[place]) is not None)
     if worst >= _SOME_NOISE:
-        apart += (
-            f" ({_two_digits(100 * worst)} % of their length may be rounding error of the files, "
-            "so do not trust that angle)"
+        far += (
+            f" ({_percent(worst)} of their length may be rounding error of the files, so do not "
+            "trust that angle)"
         )
     if noisy:
         return [
-            f"The task vectors of all models but {names} are {apart}; what {names} changed in the "
-            "base is hardly more than rounding error, and only noise to a merge around the base."
+            f"The changes that all models but {names} made to the base are {far}; what {names} "
+            "changed is hardly more than rounding error, and only noise to a merge around the base."
         ]
-    sentence = (
-        f"Their task vectors are {apart}: averaging keeps "
-        f"{_two_digits(100 * view.linear_length)} % of their length, and origin: base keeps "
-        f"{_keeps(report)}."
-    )
-    has_evidence = mean > _AGREEING and not report.settings.in_metric
-    return [sentence, _EVIDENCE] if has_evidence else [sentence]
+    return [
+        f"Their changes from the base are {far}: averaging keeps "
+        f"{_percent(report.overall.task_linear_length_average)} of their length, and origin: base "
+        f"keeps {_keeps(report)}."
+    ]
 
 
 def _not_unique(tensors: Sequence[Tensor]) -> list[str]:
