@@ -112,7 +112,12 @@ def test_a_cast_to_a_narrower_output_is_refused_in_memory_and_on_disk(merge, tmp
         save_file({"w": tensor}, path)
     config = {"merge_method": "karcher", "models": [{"model": path} for path in paths]}
     outcome = merge(config | {"out_dtype": "float16"}, command="mergekit-pytorch")
-    assert_stopped(outcome, f"The mean of w is beyond 65504 at [0], {BEYOND}", "out_dtype: bfloat16", "magnitude: linear")
+    assert_stopped(
+        outcome,
+        f"The mean of w is beyond 65504 at [0], {BEYOND}",
+        "out_dtype: bfloat16",
+        "magnitude: linear",
+    )
 
 
 def test_a_metric_can_make_a_mean_too_large_as_well():
