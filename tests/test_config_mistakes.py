@@ -205,3 +205,32 @@ def test_a_slice_without_layers(three_models, merge, cli, span):
     for result in (merge(config), cli("report", config=config)):
         assert result.exit_code == 1
         assert f"Error: layer_range: {span} of {three_models[0]} has no layers" in result.output
+
+
+def test_a_model_listed_twice(three_models, merge, cli):
+    config = config_for([*three_models, three_models[0]])
+    for result in (merge(config), cli("report", config=config)):
+        assert result.exit_code == 1
+        assert f"Error: {three_models[0]} is listed 2 times" in result.output
+        assert "with a weight of 2" in result.output
+
+
+def test_a_module_that_the_architecture_does_not_have(three_models, merge, cli):
+    models = [{"model": model} for model in three_models]
+    config = {"merge_method": "karcher", "modules": {"language_model": {"models": models}}}
+    for result in (merge(config), cli("report", config=config)):
+        assert result.exit_code == 1
+        assert "Error: modules: language_model is none of the modules" in result.output
+        assert "which are default." in result.output
+
+
+def test_what_mergekits_planner_says_comes_without_a_traceback(three_models, merge):
+    """Sources of unequal lengths, which mergekit itself refuses."""
+    sources = [
+        {"model": model, "layer_range": span}
+        for model, span in zip(three_models, ([0, 1], [0, 2]), strict=False)
+    ]
+    outcome = merge({"merge_method": "karcher", "slices": [{"sources": sources}]})
+    assert outcome.exit_code == 1
+    assert "Error: mergekit could not plan this merge (RuntimeError: All inputs" in outcome.output
+    assert "Traceback" not in outcome.output

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mergekit_karcher.host.places import check_places
 from mergekit_karcher.host.quantised import dequantising
 
 _FORCED, _LIFTED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
@@ -39,12 +40,13 @@ def open_checkpoint(reference: str, cache: str | None = None) -> OpenCheckpoint:
     Raises:
         Exception: Whatever mergekit, huggingface_hub or torch raise where there is no checkpoint,
             or where it is a pickle that holds more than tensors.
-        KarcherError: If it is quantised in a way that is not read here.
+        KarcherError: If it is nowhere, or quantised in a way that is not read here.
     """
     from mergekit.common import ModelReference
     from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 
     path = Path(reference)
+    check_places([reference], cache=cache)
     with restricted_unpickling():
         if path.is_file():
             folder, index = path.parent, ShardedTensorIndex.from_file(reference)

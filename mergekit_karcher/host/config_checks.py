@@ -120,7 +120,7 @@ def check_settings(config: Any, spec: MergeMethodSpec) -> None:
     Raises:
         KarcherError: For a parameter that the method does not know, or does not read there; for a
             list that stands for no gradient; for entries behind one that has no filter; for
-            a slice without layers.
+            a slice without layers or with one model twice.
     """
     known = [parameter.name for parameter in spec.parameters]
     of_a_model = [parameter.name for parameter in spec.input_parameters]
@@ -136,7 +136,9 @@ def check_settings(config: Any, spec: MergeMethodSpec) -> None:
             raise KarcherError(f"Unknown parameter {name} of {place} for {spec.name}: {hint}")
         (parameter,) = [parameter for parameter in spec.parameters if parameter.name == name]
         _check_values(name, value, place, words=isinstance(parameter.default, str))
+    _check_listed_once([model.model for model in getattr(config, "models", None) or ()])
     for part in _slices_in(config):
+        _check_listed_once([source.model for source in part.sources])
         for source in part.sources:
             first, last = source.layer_range
             if not 0 <= first < last:
@@ -144,6 +146,25 @@ def check_settings(config: Any, spec: MergeMethodSpec) -> None:
                     f"layer_range: [{first}, {last}] of {source.model} has no layers: give the "
                     "first layer, from 0, and the one after the last."
                 )
+
+
+def check_modules(config: Any, known: Iterable[str]) -> None:
+    """Raise `KarcherError` if a config names a module that is not among those of its models."""
+    for module in config.modules or ():
+        if module not in known:
+            raise KarcherError(
+                f"modules: {module} is none of the modules of this architecture, which are "
+                f"{', '.join(sorted(known))}."
+            )
+
+
+def _check_listed_once(models: Sequence[Any]) -> None:
+    for model in models:
+        if models.count(model) > 1:
+            raise KarcherError(
+                f"{model} is listed {models.count(model)} times, which mergekit refuses: list it "
+                f"once, with a weight of {models.count(model)}."
+            )
 
 
 def _check_values(name: str, value: Any, place: str, *, words: bool) -> None:

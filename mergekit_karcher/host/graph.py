@@ -89,6 +89,11 @@ def changes_vocabulary(merge: Any) -> bool:
     return hasattr(merge.gather_tensors, "gather_tensors")
 
 
+def changes_tokens(merge: Any) -> bool:
+    """Whether a tokenizer setting says which token each index of a merge task's inputs is."""
+    return hasattr(merge.gather_tensors, "tokenizer_task")
+
+
 def is_in_checkpoint(load: Any) -> bool:
     """Whether a checkpoint has what a load task is to read, or must have it."""
     if _is_raw(load):

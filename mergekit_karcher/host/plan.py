@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.host import compat
 from mergekit_karcher.host.checks import (
     NAMES,
@@ -24,6 +25,7 @@ from mergekit_karcher.host.checks import (
 )
 from mergekit_karcher.host.config_checks import (
     check_filters,
+    check_modules,
     check_settings,
     settings_in,
 )
@@ -67,10 +69,12 @@ def patch_planner(planner: Any) -> None:
                 _warn_of_no_report(self.config.merge_method)
                 return plan(self, *arguments, **options)
             check_settings(self.config, compat.method_of(self).spec)
+            check_modules(self.config, self.arch_info.modules)
             sliced = names_layers(self.config)
             dequantise(LoaderCache(), self.config.referenced_models())
             without_quantisation(self.out_model_config)
-            tasks = plan(self, *arguments, **options)
+            with planning():
+                tasks = plan(self, *arguments, **options)
             # In memory there is no place that the merge could be called by.
             path = next(iter((*arguments, *options.values())), "in memory")
             return rewrite_plan(tasks, self.config, path, self.options, sliced=sliced)
@@ -92,7 +96,8 @@ def patch_flat_planner(module: Any) -> None:
             check_settings(config, module.merge_methods.get(config.merge_method).spec)
             merge_options = (*arguments, *options.values())[-1]
             dequantise_raw(module.SimpleLoaderCache(), config, merge_options)
-            tasks = plan(config, out_path, *arguments, **options)
+            with planning():
+                tasks = plan(config, out_path, *arguments, **options)
             return rewrite_plan(tasks, config, out_path, merge_options)
 
         return rewritten
@@ -223,6 +228,19 @@ class OurTasks:
             if not only_tied(merge):
                 counted.setdefault(read, merge)
         return ModelMean(parts=tuple(self.make(TensorProducts, m) for m in counted.values()))
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Have an error of mergekit's planner end in a sentence that says whose it is."""
+    try:
+        yield
+    except click.ClickException:
+        raise
+    except Exception as error:
+        raise KarcherError(
+            f"mergekit could not plan this merge ({type(error).__name__}: {first_line(error)})."
+        ) from error
 
 
 def names_layers(config: Any) -> bool:

@@ -190,9 +190,9 @@ def left_out(merges: Sequence[Any], checkpoints: Checkpoints, *, sliced: bool) -
     more = ", ..." if len(names) > len(shown) else ""
     yield (
         f"mergekit leaves {len(names)} tensors out that every model has, {100 * share:.2g} % of "
-        f"the parameters ({', '.join(shown)}{more}), because it does not know this architecture "
-        "well: the result would lack them; to merge without them set left_out: drop under "
-        "parameters."
+        f"the parameters ({', '.join(shown)}{more}), so the result would lack them: give "
+        "mergekit-pytorch the files of the models, which merges all their tensors, or set "
+        "left_out: drop under parameters to do without these."
     )
 
 

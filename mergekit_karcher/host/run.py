@@ -66,6 +66,7 @@ class MergeRun:
         }
         self._incomplete: list[str] = []
         self._zero_metrics: list[str] = []
+        self._tokens_without_base: dict[str, int] = {}
         self._warned_of_16_bits = False
 
     def label(self, name: str, model: str) -> str:
@@ -130,6 +131,11 @@ class MergeRun:
                 )
             self._zero_metrics.append(name)
 
+    def note_tokens_without_base(self, name: str, count: int) -> None:
+        """Remember how many tokens of a tensor the base does not have."""
+        with self._lock:
+            self._tokens_without_base[name] = count
+
     def warn_of_16_bits(self, name: str, dtypes: Iterable[str]) -> None:
         """Say once that differences of what arrives in 16 bits are mostly rounding."""
         narrow = sorted(dtype for dtype in dtypes if dtype in ("torch.float16", "torch.bfloat16"))
@@ -162,6 +168,8 @@ class MergeRun:
             if flagged:
                 names = _listed([_with_rows(name, *of) for name, of in flagged.items()])
                 yield f"  {what}: {names}"
+        for name, count in self._tokens_without_base.items():
+            yield f"  tokens that the base lacks, merged by the linear mean: {count} of {name}"
         if self._incomplete:
             names = _listed(self._incomplete)
             yield f"  missing from some models, merged from those that have them: {names}"

@@ -28,7 +28,7 @@ from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_karcher.errors import NotFiniteError
 from mergekit_karcher.host.checks import check_casts, weights_of
-from mergekit_karcher.host.graph import uncast
+from mergekit_karcher.host.graph import changes_tokens, uncast
 from mergekit_karcher.host.headers import identical, is_parameter_by_name
 from mergekit_karcher.host.methods import TensorToMerge
 from mergekit_karcher.host.metric_loads import MetricLoads
@@ -68,8 +68,10 @@ class OfInputs(Task[Any]):  # type: ignore[misc]
         return uncast(gather) if self.is_whole_numbers else gather
 
     def arguments(self) -> dict[str, Any]:
-        metrics = {f"metric {model}": load for model, load in self.metrics or ()}
-        return {"tensors": self.gather, **metrics}
+        arguments = {f"metric {model}": load for model, load in self.metrics or ()}
+        if self.merge.parameters["origin"] == "base" and changes_tokens(self.merge):
+            arguments["tokenizer"] = self.merge.gather_tensors.tokenizer_task
+        return {"tensors": self.gather, **arguments}
 
     def group_label(self) -> Any:
         return self.merge.group_label()
@@ -104,10 +106,13 @@ class OfInputs(Task[Any]):  # type: ignore[misc]
         if self.metrics is not None:
             metrics = {model: loaded[f"metric {model}"] for model, _ in self.metrics}
         aligned = align_dtype(group, dtype_from_name(merge.dtype))
-        tensor = TensorToMerge(aligned, parameters, self.run, metrics, self.rows)
+        tokens = self.tokens_of_base(loaded.get("tokenizer"), aligned)
+        known = aligned if tokens is None else self.at_tokens(aligned, tokens)
+        tensor = TensorToMerge(known, parameters, self.run, metrics, self.rows)
         with torch.autocast(device_type=group.tensors[0].device.type, enabled=False):
             try:
-                return self.of_tensor(method, tensor, loaded.get("mean"))
+                result = self.of_tensor(method, tensor, loaded.get("mean"))
+                return result if tokens is None else self.of_all_tokens(result, aligned, tokens)
             except NotFiniteError:
                 if identical(group.tensors) and not is_parameter_by_name(tensor.name):
                     return self.of_buffer(group.tensors[0].clone())
@@ -117,6 +122,37 @@ class OfInputs(Task[Any]):  # type: ignore[misc]
     def of_buffer(self, buffer: torch.Tensor) -> Any:
         """What comes of a tensor that all inputs agree on and that is no parameter."""
         return None
+
+    def tokens_of_base(self, tokenizer: Any, group: TensorGroup) -> torch.Tensor | None:
+        """The tokens that the base has, (tokens,) int64; None if it has all, or if that is moot.
+
+        mergekit gives the base the average of the others for a token that it lacks, unless the
+        config says what else. The differences from that cancel: they have no mean direction.
+        """
+        if tokenizer is None or group.base is None:
+            return None
+        ids = tokenizer.tokenizer.get_vocab()
+        given = {ids[token] for token in self.merge.gather_tensors.tokens or () if token in ids}
+        places = tokenizer.permutations[self.merge.base_model]
+        lacking = [token for token, place in places.items() if place < 0 and token not in given]
+        if not lacking:
+            return None
+        known = torch.ones(group.base.tensor.shape[self.merge.output_weight.vocabulary_axis])
+        known[lacking] = 0
+        return known.nonzero().reshape(-1).to(group.base.tensor.device)
+
+    def at_tokens(self, group: TensorGroup, tokens: torch.Tensor) -> TensorGroup:
+        """A group at some tokens of its vocabulary."""
+        axis = self.merge.output_weight.vocabulary_axis
+        entries = (
+            TensorEntry(e.id, e.tensor.index_select(axis, tokens), is_base=e.is_base)
+            for e in group.entries
+        )
+        return TensorGroup(tuple(entries), group.metadata)
+
+    def of_all_tokens(self, result: Any, group: TensorGroup, tokens: torch.Tensor) -> Any:
+        """What comes of all tokens, given what comes of those that the base has."""
+        return result
 
     @abstractmethod
     def of_tensor(self, method: Any, tensor: TensorToMerge, mean: Any) -> Any:
@@ -211,6 +247,19 @@ class MergeTensor(OfInputs):
         result: torch.Tensor = method.merge_tensor(tensor, saved_as=saved_as, **more)
         dtype = dtype_from_name(self.merge.out_dtype)
         return result if dtype is None else result.to(dtype)
+
+    def of_all_tokens(
+        self, result: torch.Tensor, group: TensorGroup, tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """The merged tensor, with the weighted linear mean for tokens that the base lacks."""
+        axis = self.merge.output_weight.vocabulary_axis
+        weights = [self.merge.input_parameters[e.id]["weight"] for e in group.non_base]
+        tensors = (entry.tensor.to(torch.float64) for entry in group.non_base)
+        total = sum(w * t for w, t in zip(weights, tensors, strict=True)) / sum(weights)
+        whole = torch.as_tensor(total).to(result.dtype)
+        lacking = whole.shape[axis] - len(tokens)
+        self.run.note_tokens_without_base(self.merge.output_weight.name, lacking)
+        return whole.index_copy(axis, tokens, result)
 
 
 class WriteReport(Task[None]):  # type: ignore[misc]

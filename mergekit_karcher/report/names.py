@@ -32,7 +32,8 @@ def is_local(path: str) -> bool:
     A path of two parts that is not there looks like a Hub id, and is taken for one.
     """
     path = path.split("@")[0]
-    return os.path.exists(path) or path[:1] in ("/", "\\", ".", "~") or path.count("/") > 1
+    on_windows = re.match(r"[A-Za-z]:[/\\]", path) is not None or "\\" in path
+    return os.path.exists(path) or on_windows or path[:1] in ("/", ".", "~") or path.count("/") > 1
 
 
 def _shortened(reference: str, depth: int, local: Callable[[str], bool]) -> str:
