@@ -28,13 +28,15 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-from mergekit_karcher.align.families import specification_for
+from mergekit_karcher.align.families import specification_for, stack
 from mergekit_karcher.align.orders import arranged
 from mergekit_karcher.cli.main import main
 
@@ -57,6 +59,7 @@ HF = {
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**_GROUPED)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_GROUPED)),
     "gemma3_text": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_GROUPED)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_GROUPED, pad_token_id=0)),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=60, n_positions=20, n_embd=24, n_layer=2, n_head=4)
     ),
@@ -88,6 +91,11 @@ SILENT = [].append
 def run_align(*arguments):
     """Run `mergekit-karcher align`; returns click's result."""
     return CliRunner().invoke(main, ["align", *map(str, arguments)])
+
+
+def align_stacks(*arguments):
+    """Run it on raw checkpoints that are plain stacks."""
+    return run_align(*arguments, "--assume-stack")
 
 
 def shapes_of(state):
@@ -156,6 +164,11 @@ def logits(model, state):
     tokens = torch.arange(15)[None] * 3 % 60
     with torch.no_grad():
         return model(tokens).logits
+
+
+def stack_of(state):
+    """The specification of a plain stack of layers."""
+    return stack.specification(shapes_of(state))
 
 
 def specification(model, state, residual=False):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import weights_of
-from planted import assert_equal_states, run_align, shapes_of
+from planted import align_stacks, assert_equal_states, run_align, shapes_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -156,7 +156,7 @@ def test_raw_checkpoints_of_each_kind(tmp_path, suffix, merge):
         save_file(tensors, path) if suffix == ".safetensors" else torch.save(tensors, path)
         files.append(path)
     out = tmp_path / "aligned"
-    result = run_align(*files, "--out", out)
+    result = align_stacks(*files, "--out", out)
     assert result.exit_code == 0, result.output
     for path in files:
         written = out / path.name
@@ -198,7 +198,7 @@ def test_a_tensor_that_only_one_model_has_is_named(tmp_path):
     save_file(without, tmp_path / "b.safetensors")
     for names in (("a", "b"), ("b", "a")):
         files = [tmp_path / f"{name}.safetensors" for name in names]
-        result = run_align(*files, "--out", tmp_path / "x")
+        result = align_stacks(*files, "--out", tmp_path / "x")
         assert (result.exit_code, "only one of them has 0.bias" in result.stderr) == (1, True)
 
 
@@ -206,7 +206,7 @@ def test_quantised_weights_are_refused(tmp_path):
     for name in "ab":
         state = {k: (10 * v).to(torch.int8) for k, v in planted.mlp(ord(name)).items()}
         save_file(state, tmp_path / f"{name}.safetensors")
-    result = run_align(
+    result = align_stacks(
         tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--out", tmp_path / "x"
     )
     assert (result.exit_code, "must be dequantised" in result.stderr) == (1, True)
@@ -219,7 +219,7 @@ def test_counts_are_reconciled_even_if_nothing_moves(tmp_path, merge):
         save_file(counted, tmp_path / f"n{index}.safetensors")
     out = tmp_path / "aligned"
     files = [tmp_path / f"n{index}.safetensors" for index in range(2)]
-    assert run_align(*files, "--out", out).exit_code == 0
+    assert align_stacks(*files, "--out", out).exit_code == 0
     config = yaml.safe_load((out / "config.yml").read_text())
     assert int(merge(config, command="mergekit-pytorch").weights["1.num_batches_tracked"]) == 7
 
@@ -240,7 +240,7 @@ def test_models_called_like_words_of_the_config(two_models, tmp_path, monkeypatc
     written = yaml.safe_load((tmp_path / "aligned" / "config.yml").read_text())
     assert written["parameters"] == {"origin": "base"}
     assert written["tokenizer"] == {"source": "base"}
-    assert written["base_model"] == str(tmp_path / "aligned" / "base")
+    assert written["base_model"] == "./aligned/base"
 
 
 def test_metrics_are_carried_along(two_models, tmp_path, merge):
@@ -289,7 +289,7 @@ def test_files_of_one_name_keep_their_endings(tmp_path):
     save_file(state, tmp_path / "a.safetensors")
     torch.save(planted.mlp(1), tmp_path / "a.pt")
     out = tmp_path / "aligned"
-    result = run_align(tmp_path / "a.safetensors", tmp_path / "a.pt", "--out", out)
+    result = align_stacks(tmp_path / "a.safetensors", tmp_path / "a.pt", "--out", out)
     assert result.exit_code == 0, result.output
     stored = json.loads((out / "alignment.json").read_text())
     assert list(stored["models"]) == ["a.safetensors", "a.pt"]
@@ -326,7 +326,8 @@ def test_wrong_usage(two_models, tmp_path):
     assert "lack 'num_attention_heads'" in run_align(first, second, "--out", out).stderr
     for name in "st":
         torch.save({"state_dict": planted.mlp(0)}, tmp_path / f"{name}.pt")
-    assert "by name alone" in run_align(tmp_path / "s.pt", tmp_path / "t.pt", "--out", out).stderr
+    nested = align_stacks(tmp_path / "s.pt", tmp_path / "t.pt", "--out", out)
+    assert "by name alone" in nested.stderr
     (first / "config.json").write_text('{"model_type": "mamba"}')
     result = run_align(first, second, "--out", out)
     assert "of type mamba are not known" in result.stderr

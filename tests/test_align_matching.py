@@ -11,7 +11,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import FAMILIES, SILENT, aligned, assert_equal_states, everything, run_align, shapes_of
+from planted import (
+    FAMILIES,
+    SILENT,
+    align_stacks,
+    aligned,
+    assert_equal_states,
+    everything,
+    shapes_of,
+)
 from safetensors.torch import save_file
 
 from mergekit_karcher.align import assign, joint, match, nested
@@ -217,7 +225,7 @@ def test_a_value_that_is_not_finite_names_its_tensor(tmp_path):
     state["2.weight"][1, 1] = torch.nan
     save_file(planted.mlp(0), tmp_path / "a.safetensors")
     save_file(state, tmp_path / "b.safetensors")
-    result = run_align(
+    result = align_stacks(
         tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--out", tmp_path / "x"
     )
     assert (result.exit_code, "2.weight is not finite" in result.stderr) == (1, True)
@@ -233,4 +241,4 @@ def test_a_value_that_is_not_finite_names_its_tensor(tmp_path):
     save_file(zeros, tmp_path / "z.safetensors")
     save_file(planted.mlp(3), tmp_path / "c.safetensors")
     files = [tmp_path / f"{name}.safetensors" for name in "acz"]
-    assert run_align(*files, "--out", tmp_path / "x").exit_code == 0
+    assert align_stacks(*files, "--out", tmp_path / "x").exit_code == 0

@@ -8,7 +8,7 @@ import planted
 import pytest
 import torch
 import yaml
-from planted import run_align, shapes_of
+from planted import align_stacks, run_align, shapes_of
 from safetensors.torch import load_file, save_file
 
 
@@ -43,7 +43,7 @@ def test_padded_models_merge_at_the_common_width(tmp_path, merge):
     save_file(wide, tmp_path / "wide.safetensors")
     files = [tmp_path / "wide.safetensors", tmp_path / "narrow.safetensors"]
     out = tmp_path / "aligned"
-    assert run_align(*files, "--out", out, "--pad").exit_code == 0
+    assert align_stacks(*files, "--out", out, "--pad").exit_code == 0
     written = load_file(out / "narrow.safetensors")
     assert shapes_of(written) == shapes_of(wide)
     inputs = torch.randn(3, 20, dtype=torch.float64)
@@ -70,4 +70,4 @@ def test_what_cannot_be_padded_is_refused(tmp_path):
     assert result.exit_code == 1
     assert "zeros in the residual stream would change" in result.stderr
     result = run_align(tmp_path / "a", tmp_path / "c", "--out", tmp_path / "x", "--pad")
-    assert "padding with zeros would change what these models compute" in result.stderr
+    assert "only plain MLPs can be padded with zeros" in result.stderr

@@ -7,11 +7,18 @@ import shutil
 
 import planted
 import pytest
+import small_models
 import torch
 from click.testing import CliRunner
 from conftest import weights_of
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3ForCausalLM,
+)
 
 from mergekit_karcher.align.calibration import Stack
 from mergekit_karcher.align.repair import moments, reestimate, repair
@@ -41,7 +48,15 @@ def test_repair_gives_every_unit_the_moments_of_its_parents(tmp_path):
         save_file(state, files[-1])
     save_file({"images": inputs}, tmp_path / "data.safetensors")
     out = tmp_path / "repaired.safetensors"
-    arguments = ["repair", *files, "--data", tmp_path / "data.safetensors", "--out", out]
+    arguments = [
+        "repair",
+        "--assume-stack",
+        *files,
+        "--data",
+        tmp_path / "data.safetensors",
+        "--out",
+        out,
+    ]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     assert "2 layers, 28 hidden units" in result.stderr
@@ -237,7 +252,72 @@ def test_calibration_data_that_is_no_tensor_is_refused(case, tmp_path):
     make(tmp_path / name)
     save_file({k: v.float() for k, v in planted.mlp(0).items()}, tmp_path / "m.safetensors")
     files = [tmp_path / "m.safetensors"] * 2
-    arguments = ["repair", *files, "--data", tmp_path / name, "--out", tmp_path / "o.safetensors"]
+    arguments = [
+        "repair",
+        "--assume-stack",
+        *files,
+        "--data",
+        tmp_path / name,
+        "--out",
+        tmp_path / "o.safetensors",
+    ]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert (result.exit_code, "holds no tensor of inputs" in result.stderr) == (1, True)
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_repair_of_a_network_with_a_layer_norm_is_refused(tmp_path):
+    net = torch.nn.Sequential(
+        torch.nn.Linear(20, 8), torch.nn.LayerNorm(8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
+    )
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    torch.save(torch.randn(30, 20), tmp_path / "data.pt")
+    files = [str(tmp_path / "net.safetensors")] * 2
+    place = ["--data", str(tmp_path / "data.pt"), "--out", str(tmp_path / "out.safetensors")]
+    result = CliRunner().invoke(main, ["repair", "--assume-stack", *files, *place])
+    words = "no stack of linear layers alone, as 1.weight shows"
+    assert (result.exit_code, words in result.stderr) == (1, True)
+
+
+def test_repair_of_raw_networks_needs_to_be_told_what_they_are(tmp_path):
+    save_file({k: v.float() for k, v in planted.mlp(0).items()}, tmp_path / "m.safetensors")
+    torch.save(torch.randn(30, 20), tmp_path / "data.pt")
+    files = [str(tmp_path / "m.safetensors")] * 2
+    place = ["--data", str(tmp_path / "data.pt"), "--out", str(tmp_path / "out.safetensors")]
+    refused = CliRunner().invoke(main, ["repair", *files, *place])
+    assert (refused.exit_code, "add --assume-stack" in refused.stderr) == (1, True)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def model_with_text(folder, architecture, config, tokenizer):
+    torch.manual_seed(0)
+    architecture(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    (folder.parent / "text.txt").write_text(" ".join(f"w{i % 30}" for i in range(200)))
+    return folder
+
+
+def test_both_halves_of_a_fused_mlp_are_repaired(tmp_path, three_models):
+    """Of a model that is its own parent, made weaker in one layer: it gets its strength back."""
+    config = planted.HF["phi3"]().config
+    parent = model_with_text(tmp_path / "p", Phi3ForCausalLM, config, three_models[0])
+    weak = shutil.copytree(parent, tmp_path / "weak")
+    name = "model.layers.0.mlp.gate_up_proj.weight"
+    state = weights_of(parent)
+    save_file(
+        state | {name: state[name] / 2}, weak / "model.safetensors", metadata={"format": "pt"}
+    )
+    (tmp_path / "weak" / "tokenizer.json").unlink()
+    arguments = ["repair", weak, parent, "--data", tmp_path / "text.txt", "--out", tmp_path / "r"]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    torch.testing.assert_close(weights_of(tmp_path / "r")[name], state[name], rtol=1e-3, atol=1e-5)
+
+
+def test_repair_of_a_mixture_of_experts_is_refused(tmp_path):
+    config = MixtralConfig(**small_models.SMALL, num_key_value_heads=2, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
+    (tmp_path / "text.txt").write_text("w1")
+    arguments = ["repair", *[tmp_path / "m"] * 2, "--data", tmp_path / "text.txt", "--out", "x"]
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert (result.exit_code, "is a mixture of experts" in result.stderr) == (1, True)

@@ -220,28 +220,46 @@ def align_of_metrics(models):
     entries = [
         {"model": file, "parameters": {"metric": raw(f"{file[0]}-metric.bin")}} for file in files
     ]
-    return "align", "--config", config("config.yml", entries), "--out", "aligned"
+    return "align", "--assume-stack", "--config", config("config.yml", entries), "--out", "aligned"
 
 
 @case
 def repair_with_data(models):
     files = [raw("a.safetensors"), raw("b.safetensors", 1)]
     torch.save({"x": torch.ones(5, 4), "more": Planted()}, "data.pt")
-    return "repair", *files, "--data", "data.pt", "--out", "repaired.safetensors"
+    return "repair", "--assume-stack", *files, "--data", "data.pt", "--out", "repaired.safetensors"
 
 
 @case
 def repair_of_bin(models):
     save_file({"x": torch.ones(5, 4)}, "data.safetensors")
     merged, parent = raw("a.bin"), raw("b.safetensors", 1)
-    return "repair", merged, parent, "--data", "data.safetensors", "--out", "repaired.bin"
+    return (
+        "repair",
+        "--assume-stack",
+        merged,
+        parent,
+        "--data",
+        "data.safetensors",
+        "--out",
+        "repaired.bin",
+    )
 
 
 @case
 def repair_by_a_parent_in_bin(models):
     save_file({"x": torch.ones(5, 4)}, "data.safetensors")
     merged, parent = raw("a.safetensors"), raw("b.bin", 1)
-    return "repair", merged, parent, "--data", "data.safetensors", "--out", "repaired.safetensors"
+    return (
+        "repair",
+        "--assume-stack",
+        merged,
+        parent,
+        "--data",
+        "data.safetensors",
+        "--out",
+        "repaired.safetensors",
+    )
 
 
 @case

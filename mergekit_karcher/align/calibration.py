@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from mergekit_karcher.align.checkpoint import Checkpoint
-from mergekit_karcher.align.families import specification_for
+from mergekit_karcher.align.families import stack
 from mergekit_karcher.align.repair import Run
 from mergekit_karcher.errors import KarcherError, first_line
 
@@ -54,20 +55,24 @@ class Stack(nn.Module):
         return x
 
 
+def check_linear(checkpoint: Checkpoint) -> None:
+    """Raise `KarcherError` if a raw checkpoint has other layers than linear ones."""
+    for name, shape in checkpoint.shapes.items():
+        # A weight of one axis is that of a norm.
+        if len(shape) > 2 or "running" in name or (name.endswith("weight") and len(shape) < 2):
+            raise KarcherError(
+                f"{checkpoint.reference} is no stack of linear layers alone, as {name} shows, so "
+                "what lies between its layers is not known: use mergekit_karcher.align.repair on "
+                "the module itself."
+            )
+
+
 def for_stack(checkpoint: Checkpoint, data: Path) -> Calibration:
     """Calibrate stacks with the linear layers of a checkpoint by one tensor of inputs in a file.
 
-    Raises `KarcherError` if the checkpoint has other layers, too, or the file holds no tensor.
+    Raises `KarcherError` if the file holds no tensor.
     """
-    if any(len(shape) > 2 or "running" in name for name, shape in checkpoint.shapes.items()):
-        raise KarcherError(
-            f"{checkpoint.reference} is no stack of linear layers alone, so what lies between its "
-            "layers is not known: use mergekit_karcher.align.repair on the module itself."
-        )
-    specification = specification_for(None, checkpoint.shapes, residual=False)
-    # The last hidden units are read by the last layer, which has no symmetry of its own.
-    last = next(m.tensor for m in specification.symmetries[-1].moves if m.axis == 1)
-    names = [*(s.name for s in specification.symmetries), last.removesuffix(".weight")]
+    names = stack.layers_in(stack.specification(checkpoint.shapes))
     inputs = _tensor_in(data).flatten(1).float()
 
     def load(reference: str) -> nn.Module:
@@ -77,24 +82,49 @@ def for_stack(checkpoint: Checkpoint, data: Path) -> Calibration:
     return Calibration(load, lambda network: network(inputs))
 
 
-def for_language_model(reference: str, data: Path) -> Calibration:
-    """Calibrate language models by up to 4096 tokens of a text, by the tokenizer of one of them.
+def for_language_model(references: Sequence[str], data: Path) -> Calibration:
+    """Calibrate language models by up to 4096 tokens of a text, by the first tokenizer among them.
 
     Raises `KarcherError` if the text is too short.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModel
 
-    tokens = AutoTokenizer.from_pretrained(reference)(data.read_text(encoding="utf-8")).input_ids
+    tokens = _tokenizer_of(references)(data.read_text(encoding="utf-8")).input_ids
     count = min(len(tokens) // _WINDOW, _MOST_WINDOWS)
     if count == 0:
         raise KarcherError(f"{data} has {len(tokens)} tokens: give a text of at least {_WINDOW}.")
     windows = torch.tensor(tokens[: count * _WINDOW]).view(count, _WINDOW)
 
     def load(reference: str) -> nn.Module:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
-        return model.eval()
+        # No head is needed, and not all have the same.
+        model, info = AutoModel.from_pretrained(
+            os.path.expanduser(reference), dtype=torch.float32, output_loading_info=True
+        )
+        lacking = [name for name in info["missing_keys"] if "pooler" not in name]
+        if lacking:
+            raise KarcherError(
+                f"{reference} has no {min(lacking)}, which a {type(model).__name__} has: repair "
+                "cannot run it."
+            )
+        network: nn.Module = model.eval()
+        return network
 
     return Calibration(load, lambda network: network(input_ids=windows))
+
+
+def _tokenizer_of(references: Sequence[str]) -> Any:
+    from transformers import AutoTokenizer
+
+    why = ""
+    for reference in references:
+        try:
+            return AutoTokenizer.from_pretrained(os.path.expanduser(reference))
+        except Exception as error:  # transformers raises errors of many kinds
+            why = why or first_line(error).rstrip(".")
+    raise KarcherError(
+        f"Neither {references[0]} nor its parents have a tokenizer that transformers can load "
+        f"({why}): copy the tokenizer's files into {references[0]}."
+    )
 
 
 def _tensor_in(data: Path) -> torch.Tensor:
@@ -111,7 +141,7 @@ def _tensor_in(data: Path) -> torch.Tensor:
         if isinstance(content, Mapping):
             content = next(iter(content.values()), None)
         if isinstance(content, torch.Tensor) and content.ndim > 1:
-            return content
+            return content.detach()
         why = "what it holds is something else"
     raise KarcherError(
         f"{data} holds no tensor of inputs ({why}): save one of shape (samples, ...), by "

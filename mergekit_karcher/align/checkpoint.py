@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.files import replacing
 from mergekit_karcher.host.checkpoints import open_checkpoint
+from mergekit_karcher.host.headers import headers_of
 from mergekit_karcher.report.names import RAW_SUFFIXES
 
 # The dtypes that align reads and writes, by what safetensors calls them.
@@ -31,78 +34,89 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+# float8 weights are read as what they stand for.
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _SAFETENSORS = ".safetensors"
 _CONFIG = "config.json"
+ONE_FILE = "model.safetensors"
+# What may be the name of a model on the Hub, with its revision.
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 class Checkpoint:
     """A Hugging Face model (folder or Hub id) or a raw file of tensors, read lazily.
 
-    reference: the folder, Hub id or file. name: what it is called in the output.
+    reference: the folder, Hub id or file, as it was given. place: the same without ~.
+    name: what it is called in the output.
     is_raw: whether it is a file.
     config: the model's config.json; None if there is none.
     shapes, dtypes: those of every tensor, by name.
     """
 
     def __init__(self, reference: str, name: str, cache: str | None = None) -> None:
-        """Open a checkpoint.
+        """Open a checkpoint, without reading its weights.
 
         cache: where models from the Hub are kept; by default where huggingface_hub keeps them.
-        Raises `KarcherError` if it is no file that is there, has an adapter, or holds what align
-        does not read.
+        Raises `KarcherError` if nothing is there, if it has an adapter, or holds what align does
+        not read.
         """
         self.reference, self.name = reference, name
-        if "+" in reference:
+        self.place = os.path.expanduser(reference)
+        _check_place(reference, self.place)
+        self.is_raw = Path(self.place).is_file()
+        try:
+            self._folder, self._index, self._loader = open_checkpoint(self.place, cache)
+        except KarcherError:
+            raise
+        except Exception as error:  # mergekit, torch and the Hub raise errors of many kinds
+            why = first_line(error).rstrip(".:")
+            if os.path.exists(self.place):
+                raise KarcherError(f"{reference} cannot be read: {why}.") from None
             raise KarcherError(
-                f"{reference} is a model with an adapter: merge the adapter into it first, then "
-                "align the result."
-            )
-        self.is_raw = Path(reference).is_file()
-        if reference.endswith(RAW_SUFFIXES) and not self.is_raw:
-            raise KarcherError(f"There is no file {reference}.")
-        self._folder, self._index, self._loader = open_checkpoint(reference, cache)
+                f"There is no file or folder {reference} in {Path.cwd()}, and the Hub gave no "
+                f"model of that name ({why})."
+            ) from None
         self.config: dict[str, Any] | None = None
         if not self.is_raw and (self._folder / _CONFIG).is_file():
             self.config = json.loads((self._folder / _CONFIG).read_text(encoding="utf-8"))
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        if self._index.is_safetensors:
-            for shard in self._index.shards:
-                self._list_safetensors(self._folder / shard.filename, shard.contained_keys)
-        else:
-            self._list_pickles()
+        headers = headers_of(self._index)
+        if self._index.tensor_paths.keys() - headers.keys():
+            raise self._holds_more()
+        for tensor, (code, shape) in headers.items():
+            if code not in _DTYPES and code not in _FLOAT8:
+                raise KarcherError(
+                    f"{tensor} of {reference} is {code}, which align does not read: convert it "
+                    "first."
+                )
+            self.shapes[tensor], self.dtypes[tensor] = shape, _DTYPES.get(code, torch.float32)
+        self._is_float8 = any(code in _FLOAT8 for code, _ in headers.values())
+
+    @property
+    def only_file(self) -> Path | None:
+        """The one file that has all weights; None if there are several."""
+        files = set(self._index.tensor_paths.values())
+        return self._folder / files.pop() if len(files) == 1 else None
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor by its name; borrowed, for .bin and .pt files keep it in memory."""
-        tensor: torch.Tensor = self._loader.get_tensor(name)
-        return tensor
+        """A tensor by its name; borrowed, for pickled files keep it in memory."""
+        try:
+            tensor: torch.Tensor = self._loader.get_tensor(name)
+        except KeyError:
+            raise self._holds_more() from None
+        # A file may hold parameters, which would have torch record gradients.
+        return tensor.detach().to(self.dtypes[name])
 
-    def _list_safetensors(self, path: Path, names: Iterable[str]) -> None:
-        with safe_open(path, framework="pt") as file:
-            for name in names:
-                part = file.get_slice(name)
-                code = part.get_dtype()
-                if code not in _DTYPES:
-                    raise KarcherError(
-                        f"{name} of {self.reference} is {code}, which align does not read: convert "
-                        "it first."
-                    )
-                self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), _DTYPES[code]
-
-    def _list_pickles(self) -> None:
-        for name in self._index.tensor_paths:
-            try:
-                tensor = self.read(name)
-            except KeyError:
-                raise KarcherError(
-                    f"{self.reference} does not hold its tensors by name alone: save the state "
-                    "dictionary by itself."
-                ) from None
-            self.shapes[name], self.dtypes[name] = tuple(tensor.shape), tensor.dtype
+    def _holds_more(self) -> KarcherError:
+        return KarcherError(
+            f"{self.reference} does not hold its tensors by name alone: save the state dictionary "
+            "by itself."
+        )
 
     def target(self, out: Path) -> Path:
         """Where `write` puts the checkpoint in a folder; nothing may be there yet."""
-        return out / (f"{self.name}{Path(self.reference).suffix}" if self.is_raw else self.name)
+        return out / (f"{self.name}{Path(self.place).suffix}" if self.is_raw else self.name)
 
     def write(
         self,
@@ -110,65 +124,92 @@ class Checkpoint:
         changed: Callable[[str], torch.Tensor],
         shapes: Mapping[str, tuple[int, ...]],
         config: Mapping[str, Any],
+        one_file: bool = False,
     ) -> Path:
         """Write the same checkpoint with other tensors into a folder, whole or not at all.
 
         Shards, names and the files beside them stay as they are; .bin weights of a Hugging Face
-        model become safetensors. Holds one tensor at a time, of .bin and .pt files all of a file.
+        model become safetensors. Holds one tensor at a time, of pickled files all of a file.
 
         changed: gives the tensor to write under a name; one that does not have the dtype that it
             has here and its new shape raises `KarcherError`.
         config: values that replace those of config.json.
+        one_file: whether a model gets all its weights in one file, model.safetensors.
         """
         out.mkdir(parents=True, exist_ok=True)
         path = self.target(out)
+        sources = sorted(set(self._index.tensor_paths.values()))
         with replacing(path) as partial:
             if not self.is_raw:
                 partial.mkdir()
-                for shard in self._index.shards:
-                    target = partial / _as_safetensors(shard.filename)
-                    names = shard.contained_keys
-                    self._write_shard(shard.filename, target, names, changed, shapes)
-                self._copy_rest(partial, config)
-            elif path.suffix == _SAFETENSORS:
-                self._write_shard(Path(self.reference).name, partial, self.shapes, changed, shapes)
+                targets: dict[str, list[str]] = {}
+                for source in sources:
+                    target = ONE_FILE if one_file else _as_safetensors(source)
+                    targets.setdefault(target, []).append(source)
+                for target, parts in targets.items():
+                    self._write_file(parts, partial / target, changed, shapes)
+                self._copy_rest(partial, config, one_file)
+            elif self._index.is_safetensors:
+                self._write_file(sources, partial, changed, shapes)
             else:
                 torch.save({name: changed(name) for name in self.shapes}, partial)
         return path
 
-    def _write_shard(
+    def _write_file(
         self,
-        filename: str,
+        sources: Iterable[str],
         target: Path,
-        names: Iterable[str],
         changed: Callable[[str], torch.Tensor],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
+        """Write a safetensors file with the tensors of one or several of the model's files."""
         metadata: Mapping[str, str] = {"format": "pt"}
-        if filename.endswith(_SAFETENSORS):
-            with safe_open(self._folder / filename, framework="pt") as file:
-                metadata = file.metadata() or metadata
-                # Read in the order in which they are in the file.
-                names = list(file.offset_keys())
+        names: list[str] = []
+        files = self._index.tensor_paths
+        for source in sources:
+            stored: Iterable[str] = files
+            if self._index.is_safetensors:
+                with safe_open(self._folder / source, framework="pt") as file:
+                    metadata = file.metadata() or metadata
+                    # Read in the order in which they are in the file.
+                    stored = list(file.offset_keys())
+            names += [name for name in stored if files.get(name) == source]
         entries = {name: (self.dtypes[name], shapes[name]) for name in names}
         write_safetensors(target, entries, changed, metadata)
 
-    def _copy_rest(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def _copy_rest(self, folder: Path, config: Mapping[str, Any], one_file: bool) -> None:
         """Copy the files beside the weights, and write the config and the index of the shards."""
         for path in sorted(self._folder.iterdir()):
             weights = path.name.endswith((*RAW_SUFFIXES, ".index.json", ".gguf", ".h5", ".msgpack"))
             if path.is_file() and not weights and path.name != _CONFIG:
                 shutil.copyfile(path, folder / path.name)
         if self.config is not None:
-            _write_json(folder / _CONFIG, {**self.config, **config})
-        if len(self._index.shards) > 1 or "-of-" in self._index.shards[0].filename:
-            files = {
-                name: _as_safetensors(file)
-                for name, file in sorted(self._index.tensor_paths.items())
-            }
+            written = {**self.config, **config}
+            if self._is_float8:
+                written.pop("quantization_config", None)
+            _write_json(folder / _CONFIG, written)
+        files = {
+            name: _as_safetensors(file) for name, file in sorted(self._index.tensor_paths.items())
+        }
+        if not one_file and any(file != ONE_FILE for file in files.values()):
             size = sum((folder / file).stat().st_size for file in set(files.values()))
             index = {"metadata": {"total_size": size}, "weight_map": files}
             _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _check_place(reference: str, place: str) -> None:
+    """Raise `KarcherError` if there is neither a file or folder nor what may be on the Hub."""
+    if os.path.exists(place):
+        return
+    if "+" in reference:
+        raise KarcherError(
+            f"{reference} is a model with an adapter: merge the adapter into it first, then align "
+            "the result."
+        )
+    if place.endswith(RAW_SUFFIXES) or not _HUB_ID.fullmatch(place):
+        is_whole = os.path.isabs(place) or PureWindowsPath(place).is_absolute()
+        where = "on this machine" if is_whole else f"in {Path.cwd()}, where relative paths begin"
+        raise KarcherError(f"There is no file or folder {place} {where}: check the path.")
 
 
 def write_safetensors(

@@ -36,18 +36,27 @@ def align_jointly(
 
     The tensors of each component of symmetries are vectors of their own. Each start begins with
     all models matched to another one of them; the orders with the least spread are kept. advance
-    is called with the name of each component. The orders of the first model are empty: one order
-    that all models share changes nothing and is taken back.
+    is called with what comes next, `steps_of` times. The orders of the first model are empty: one
+    order that all models share changes nothing and is taken back.
     """
     result: list[Orders] = [{} for _ in models]
     for component in components_of(specification.symmetries):
-        advance(component[0].name)
-        component_orders = _match_component(component, models, starts, seed)
+        component_orders = _match_component(component, models, starts, seed, advance)
         back = {key: torch.argsort(order) for key, order in component_orders[0].items()}
         for orders, more in zip(result, component_orders, strict=True):
             follow_with(more, back)
             orders |= {key: o for key, o in more.items() if not is_identity(o.numpy())}
     return result
+
+
+def steps_of(specification: Specification, starts: int) -> int:
+    """How many steps `align_jointly` takes: a first look at each component, and its starts."""
+    return sum(1 + _starts_of(c, starts) for c in components_of(specification.symmetries))
+
+
+def _starts_of(component: Sequence[Symmetry], starts: int) -> int:
+    """A single symmetry has one best order, wherever its search starts."""
+    return starts if len(component) > 1 else 1
 
 
 def products_between(
@@ -87,14 +96,22 @@ def _spread(
 
 
 def _match_component(
-    component: Sequence[Symmetry], models: Sequence[Reader], starts: int, seed: int
+    component: Sequence[Symmetry],
+    models: Sequence[Reader],
+    starts: int,
+    seed: int,
+    advance: Callable[[str], None],
 ) -> list[Orders]:
     """The orders of each model with the least spread, over several starts."""
+    advance(component[0].name)
     best: list[Orders] = [{} for _ in models]
-    if not _match_each_once(component, models, best, seed):
-        return best
+    moved = _match_each_once(component, models, best, seed)
     least = np.inf
-    for start in range(starts if len(component) > 1 else 1):
+    count = _starts_of(component, starts)
+    for start in range(count):
+        advance(f"{component[0].name}, start {start + 1} of {count}")
+        if not moved:
+            continue
         reference = start % len(models)
         orders: list[Orders] = [{} for _ in models]
         for index, model in enumerate(models):

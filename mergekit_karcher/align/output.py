@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache as remembering
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from mergekit_karcher.align.checkpoint import Checkpoint
+from mergekit_karcher.align.checkpoint import ONE_FILE, Checkpoint
 from mergekit_karcher.align.run import Aligned, AlignedModel
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.files import write_text
@@ -18,9 +19,24 @@ from mergekit_karcher.host.documents import IDENTITY, MODEL_KEYS
 
 CONFIG, ALIGNMENT = "config.yml", "alignment.json"
 
+# What mergekit-yaml stops on while it plans, in mergekit 0.1.5.
+_NOT_PLANNED = ("bert",)
+
+_START = "# Relative paths begin in the folder where align was run: run mergekit there, too.\n"
+
+
+def merges_raw(checkpoint: Checkpoint) -> bool:
+    """Whether mergekit-pytorch has to merge a model, file by file, and not mergekit-yaml."""
+    config = checkpoint.config
+    return config is None or config.get("model_type") in _NOT_PLANNED
+
 
 def check_free(checkpoints: Sequence[Checkpoint], out: Path) -> None:
-    """Raise `KarcherError` if anything is there that `write` would write."""
+    """Raise `KarcherError` if `write` would write over something, or what cannot be merged."""
+    if merges_raw(checkpoints[0]) and any(sign in str(out) for sign in ' "'):
+        raise KarcherError(
+            f"mergekit-pytorch stops on paths with a space, as {out} is: choose another --out."
+        )
     targets = [checkpoint.target(out) for checkpoint in checkpoints]
     for target in (*targets, out / CONFIG, out / ALIGNMENT):
         if target.exists():
@@ -32,8 +48,9 @@ def write(
 ) -> None:
     """Write aligned models, their metrics, alignment.json and config.yml into a folder.
 
-    config.yml is written last: a folder that has it is complete. Models stay where they are if
-    nothing changes any of them. Raises `KarcherError` if a metric does not fit its model.
+    config.yml is written last: a folder that has it is complete. Its paths begin where out does.
+    Models stay where they are if nothing changes any of them. Raises `KarcherError` if a metric
+    does not fit its model.
 
     config: the config of mergekit that the models were taken from; config.yml is the same with
         the new models and metrics. None for one that merges the models by karcher.
@@ -48,27 +65,38 @@ def write(
         places = dict(zip(references, paths, strict=True))
         merging = _moved(config, places, _metric_writer(aligned.models, out, cache))
     write_text(out / ALIGNMENT, aligned.alignment.model_dump_json(by_alias=True) + "\n")
-    write_text(out / CONFIG, yaml.safe_dump(merging, sort_keys=False))
+    write_text(out / CONFIG, _START + yaml.safe_dump(merging, sort_keys=False))
 
 
 def _write_models(aligned: Aligned, out: Path) -> list[str]:
     """The paths of the models, once they are written, or where they were if none changes."""
-    if not aligned.changed:
-        references = [model.checkpoint.reference for model in aligned.models]
-        return [str(Path(r).resolve()) if Path(r).exists() else r for r in references]
+    checkpoints = [model.checkpoint for model in aligned.models]
+    raw = any(map(merges_raw, checkpoints))
+    if not aligned.changed and not raw:
+        return [_as_path(checkpoint.place) for checkpoint in checkpoints]
+    if not aligned.changed and all(checkpoint.only_file for checkpoint in checkpoints):
+        return [_as_path(checkpoint.only_file or "") for checkpoint in checkpoints]
     paths = []
     for model in aligned.models:
 
         def changed(name: str, model: AlignedModel = model) -> torch.Tensor:
-            return aligned.counts[name] if name in aligned.counts else model.read(name)
+            if name in aligned.counts:
+                return aligned.counts[name].to(model.checkpoint.dtypes[name])
+            return model.written(model.checkpoint.read, name)
 
         config = {}
         key = aligned.specification.width_key
         if model.is_padded and key is not None:
             config[key] = max(s.size for s in aligned.specification.symmetries if s.padding)
-        path = model.checkpoint.write(out, changed, model.wide.shapes, config)
-        paths.append(str(path.resolve()))
+        path = model.checkpoint.write(out, changed, model.file_shapes, config, one_file=raw)
+        paths.append(_as_path(path / ONE_FILE if raw and path.is_dir() else path))
     return paths
+
+
+def _as_path(place: str | Path) -> str:
+    """How a config says where a file or folder is, so that mergekit takes it for no Hub id."""
+    relative = os.path.exists(place) and not os.path.isabs(place)
+    return os.path.join(os.curdir, os.path.normpath(place)) if relative else str(place)
 
 
 def _metric_writer(
@@ -92,9 +120,9 @@ def _metric_writer(
                     f"shape {shape}."
                 )
         path = source.write(
-            out, lambda tensor: model.arranged(source.read, tensor), model.wide.shapes, {}
+            out, lambda tensor: model.written(source.read, tensor), model.file_shapes, {}
         )
-        return str(path.resolve())
+        return _as_path(path)
 
     return write_metric
 

@@ -35,8 +35,8 @@ def widened(
             which = ", ".join(f"{s.size} in {n}" for s, n in zip(symmetries, names, strict=True))
             if not symmetries[0].padding:
                 raise KarcherError(
-                    f"{symmetries[0].name} has {which} units: padding with zeros would change what "
-                    "these models compute, so they cannot be aligned."
+                    f"{symmetries[0].name} has {which} units: only plain MLPs can be padded with "
+                    "zeros, so these models cannot be aligned."
                 )
             if not allowed:
                 raise KarcherError(

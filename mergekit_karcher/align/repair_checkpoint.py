@@ -15,12 +15,14 @@ from mergekit_karcher.errors import KarcherError
 
 
 def repair_checkpoint(
-    merged: str, parents: Sequence[str], data: Path, out: Path
+    merged: str, parents: Sequence[str], data: Path, out: Path, assume_stack: bool = False
 ) -> dict[str, Correction]:
     """Write a merged model whose hidden units have the statistics of its aligned parents'.
 
-    merged: a Hugging Face model, or a raw stack of linear layers.
+    merged: a Hugging Face model, or a raw stack of linear layers: a file, or the folder that
+        mergekit-pytorch wrote.
     data: a text, or for a stack a file with one tensor of inputs, see `calibration`.
+    assume_stack: whether a raw checkpoint is the plain stack of layers that its names suggest.
 
     Two whole models are in memory at a time. Returns the correction of each layer that was changed.
     Raises `KarcherError` if out is there already or has another ending than merged, or if the
@@ -28,15 +30,18 @@ def repair_checkpoint(
     """
     if out.exists():
         raise KarcherError(f"{out} exists: name a place that does not.")
-    is_raw = Path(merged).is_file()
-    if is_raw and out.suffix != Path(merged).suffix:
+    is_file = Path(merged).expanduser().is_file()
+    checkpoint = Checkpoint(merged, out.stem if is_file else out.name)
+    if checkpoint.target(out.parent) != out:
         raise KarcherError(f"{out} must end in {Path(merged).suffix}, as {merged} does.")
-    checkpoint = Checkpoint(merged, out.stem if is_raw else out.name)
-    axes = _unit_axes(checkpoint)
-    if is_raw:
+    if checkpoint.config is None:
+        _check_parents_are_raw(checkpoint, parents)
+        calibration.check_linear(checkpoint)
+    axes = _unit_axes(checkpoint, assume_stack)
+    if checkpoint.config is None:
         load, run = calibration.for_stack(checkpoint, data)
     else:
-        load, run = calibration.for_language_model(merged, data)
+        load, run = calibration.for_language_model([merged, *parents], data)
     network = load(merged)
     modules = {_module_name(network, name): name for name in axes}
     by_module = repair(network, map(load, parents), run, list(modules))
@@ -50,9 +55,24 @@ def repair_checkpoint(
     return corrections
 
 
-def _unit_axes(checkpoint: Checkpoint) -> dict[str, int]:
+def _check_parents_are_raw(merged: Checkpoint, parents: Sequence[str]) -> None:
+    """Raise `KarcherError` if a parent says what it is, and the merge of it does not."""
+    for parent in parents:
+        if Checkpoint(parent, "parent").config is not None:
+            raise KarcherError(
+                f"{merged.reference} has no config.json, but {parent} has: copy that and the "
+                f"tokenizer's files from {parent} into {merged.reference}."
+            )
+
+
+def _unit_axes(checkpoint: Checkpoint, assume_stack: bool) -> dict[str, int]:
     """The layers whose outputs are pre-activations, and the axis of the weight that counts them."""
-    specification = specification_for(checkpoint.config, checkpoint.shapes, residual=False)
+    specification = specification_for(checkpoint.config, checkpoint.shapes, False, assume_stack)
+    if specification.joined:
+        raise KarcherError(
+            f"{checkpoint.reference} is a mixture of experts, which repair does not cover: use the "
+            "merge as it is."
+        )
     return {
         move.tensor.removesuffix(".weight"): move.axis
         for symmetry in specification.symmetries
@@ -62,7 +82,5 @@ def _unit_axes(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _module_name(network: nn.Module, name: str) -> str:
-    """Checkpoints of bare models leave out the name that the model has under its head."""
-    modules = dict(network.named_modules())
-    under_head = f"{getattr(network, 'base_model_prefix', '')}.{name}"
-    return name if name in modules or under_head not in modules else under_head
+    """What a layer is called in a network that is loaded without the head of its checkpoint."""
+    return name.removeprefix(f"{getattr(network, 'base_model_prefix', '')}.")

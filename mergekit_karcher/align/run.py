@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,12 +15,19 @@ from mergekit_karcher.align import specification_file
 from mergekit_karcher.align.alignment import Alignment
 from mergekit_karcher.align.checkpoint import Checkpoint
 from mergekit_karcher.align.families import specification_for
-from mergekit_karcher.align.joint import align_jointly, mean_between, products_between, spread_of
+from mergekit_karcher.align.joint import (
+    align_jointly,
+    mean_between,
+    products_between,
+    spread_of,
+    steps_of,
+)
 from mergekit_karcher.align.match import align_to_reference
 from mergekit_karcher.align.orders import Orders, Reader, arranged
 from mergekit_karcher.align.pad import padded, widened
-from mergekit_karcher.align.symmetry import Specification
+from mergekit_karcher.align.symmetry import Shapes, Specification, components_of
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.host.headers import identical, is_constant
 from mergekit_karcher.sphere.pairwise import geometry_of_gram
 from mergekit_karcher.sphere.trig import Floats
 
@@ -32,6 +38,7 @@ class Choices:
 
     reference: the reference of the model that all others are matched to; None to match jointly.
     spec: a file with a specification of the symmetries; None for that of a known family.
+    assume_stack: whether raw checkpoints are the plain stacks of layers that their names suggest.
     pad: whether narrower MLPs are filled up with units of zeros.
     alignment: an alignment.json whose orders are applied, so that nothing is matched.
     starts, seed: see `match.nearest_orders` and `joint.align_jointly`.
@@ -39,6 +46,7 @@ class Choices:
 
     reference: str | None = None
     spec: Path | None = None
+    assume_stack: bool = False
     residual: bool = False
     pad: bool = False
     alignment: Path | None = None
@@ -76,13 +84,46 @@ class AlignedModel:
         """Whether it is permuted or padded."""
         return bool(self.orders) or self.is_padded
 
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor, padded and in its order."""
-        return self.arranged(self.checkpoint.read, name)
+    @property
+    def file_shapes(self) -> Shapes:
+        """The shapes of the tensors that are written, by the names that the checkpoint has."""
+        return {**self.wide.shapes, **{n: self.checkpoint.shapes[n] for n in self.wide.places}}
 
-    def arranged(self, read: Reader, name: str) -> torch.Tensor:
-        """A tensor of the model, or of a metric of it, padded and in the order of the model's."""
-        return arranged(padded(read, self.narrow, self.wide)(name), name, self.orders)
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the specification, padded and in its order."""
+        return arranged(self._padded(self.checkpoint.read)(name), name, self.orders)
+
+    def written(self, read: Reader, name: str) -> torch.Tensor:
+        """A tensor of the checkpoint, or of a metric of it, as it is written: in its new order.
+
+        read: reads the tensors of the checkpoint or the metric.
+        """
+        if name not in self.wide.places:
+            return arranged(self._padded(read)(name), name, self.orders)
+        whole, place = self.wide.places[name]
+        parts, axis = self.wide.joined[whole]
+        length = self.checkpoint.shapes[name][axis]
+        # An expert comes from one place, so that only its own tensor has to be read.
+        order = self.orders.get((whole, axis), torch.arange(length * len(parts)))
+        indices = order[place * length : (place + 1) * length]
+        source = int(indices[0]) // length
+        orders = {(name, a): o for (tensor, a), o in self.orders.items() if tensor == whole}
+        return arranged(
+            read(parts[source]), name, orders | {(name, axis): indices - source * length}
+        )
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a tensor of the specification."""
+        return self.checkpoint.dtypes[self.wide.parts_of(name)[0]]
+
+    def _padded(self, read: Reader) -> Reader:
+        def whole(name: str) -> torch.Tensor:
+            if name not in self.narrow.joined:
+                return read(name)
+            parts, axis = self.narrow.joined[name]
+            return torch.cat([read(part) for part in parts], axis)
+
+        return padded(whole, self.narrow, self.wide)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +140,7 @@ class Aligned:
     models: Sequence[AlignedModel]
     specification: Specification
     alignment: Alignment
-    counts: dict[str, torch.Tensor]
+    counts: Mapping[str, torch.Tensor]
     before: Geometry
     after: Geometry
 
@@ -126,11 +167,15 @@ class Aligned:
 
 
 def align(
-    checkpoints: Sequence[Checkpoint], choices: Choices, advance: Callable[[str], None]
+    checkpoints: Sequence[Checkpoint],
+    choices: Choices,
+    expect: Callable[[int], None],
+    advance: Callable[[str], None],
 ) -> Aligned:
     """Find the orders that bring models of one architecture nearest to each other; write nothing.
 
-    checkpoints: each of another name. advance: called with the name of what is done next.
+    checkpoints: each of another name.
+    expect: called once with the number of steps. advance: called with the name of each, first.
     Raises `KarcherError` if the models do not fit each other, or a choice does not fit them.
     """
     names = [checkpoint.name for checkpoint in checkpoints]
@@ -140,6 +185,7 @@ def align(
     unordered = [
         AlignedModel(*parts, {}) for parts in zip(checkpoints, specifications, wide, strict=True)
     ]
+    expect(_steps(wide[0], choices))
     alignment = _alignment(unordered, choices, advance)
     models = [
         replace(model, orders=alignment.orders_of(model.checkpoint.name, model.wide.shapes))
@@ -155,7 +201,9 @@ def _specification_of(checkpoint: Checkpoint, choices: Choices) -> Specification
     if choices.spec is not None:
         return specification_file.read(choices.spec, checkpoint.shapes)
     try:
-        return specification_for(checkpoint.config, checkpoint.shapes, choices.residual)
+        return specification_for(
+            checkpoint.config, checkpoint.shapes, choices.residual, choices.assume_stack
+        )
     except KeyError as error:
         raise KarcherError(
             f"The config or the weights of {checkpoint.reference} lack {error}, which models "
@@ -165,12 +213,22 @@ def _specification_of(checkpoint: Checkpoint, choices: Choices) -> Specification
 
 def _refuse_quantised(checkpoints: Sequence[Checkpoint], specification: Specification) -> None:
     for checkpoint in checkpoints:
-        for name in sorted(specification.tensors()):
+        moved = sorted(specification.tensors())
+        for name in (part for tensor in moved for part in specification.parts_of(tensor)):
             if not checkpoint.dtypes[name].is_floating_point:
                 raise KarcherError(
                     f"{name} of {checkpoint.name} is {checkpoint.dtypes[name]}: a quantised model "
                     "must be dequantised before it is aligned."
                 )
+
+
+def _steps(specification: Specification, choices: Choices) -> int:
+    """How often `align` calls advance: for the distances, and for what is matched before them."""
+    if choices.alignment is not None:
+        return 1
+    if choices.reference is None:
+        return 1 + steps_of(specification, choices.starts)
+    return 1 + len(components_of(specification.symmetries))
 
 
 def _alignment(
@@ -192,13 +250,14 @@ def _alignment(
 
 
 def _geometry_of(models: Sequence[AlignedModel]) -> Geometry:
-    """Over the tensors that all models have in one shape."""
+    """Over the parameters that all models have in one shape."""
     first = models[0]
     names = [
         name
         for name, shape in first.wide.shapes.items()
         if all(model.wide.shapes.get(name) == shape for model in models)
-        and first.checkpoint.dtypes[name].is_floating_point
+        and first.dtype_of(name).is_floating_point
+        and not _is_shared_constant(models, name)
     ]
     products = products_between(names, [model.read for model in models], [{} for _ in models])
     sphere = geometry_of_gram(products.grams[0], products.exponents[0])
@@ -206,17 +265,26 @@ def _geometry_of(models: Sequence[AlignedModel]) -> Geometry:
     return Geometry(sphere.angles, spread_of(mean) if len(models) > 1 else float(np.nan))
 
 
-def _common_counts(checkpoints: Sequence[Checkpoint]) -> dict[str, torch.Tensor]:
-    """Single whole numbers that differ between models, as the first model has them."""
+def _is_shared_constant(models: Sequence[AlignedModel], name: str) -> bool:
+    """Whether a tensor is no parameter: by its name, or since all have the same infinite values."""
+    first = models[0]
+    if is_constant(name, first.wide.shapes[name]):
+        return True
+    if name in first.wide.tensors() or bool(torch.isfinite(first.read(name)).all()):
+        return False
+    return identical(model.read(name) for model in models)
+
+
+def _common_counts(checkpoints: Sequence[Checkpoint]) -> Mapping[str, torch.Tensor]:
+    """Buffers of whole numbers that differ between models, as the first model has them."""
     first, *others = checkpoints
     return {
         name: first.read(name)
         for name, dtype in first.dtypes.items()
         if not dtype.is_floating_point
-        and math.prod(first.shapes[name]) == 1
         and any(
             other.shapes.get(name) == first.shapes[name]
-            and not torch.equal(other.read(name), first.read(name))
+            and not identical([other.read(name), first.read(name)])
             for other in others
         )
     }

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import NamedTuple
 
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.host.headers import is_constant
 
 Shapes = Mapping[str, tuple[int, ...]]
 # For each (tensor, axis) the parts that are moved: start, end, and the symmetry that moves them.
@@ -64,6 +66,13 @@ class Symmetry:
     feeds: tuple[str, ...] = ()
 
 
+class Joined(NamedTuple):
+    """Tensors of one shape that moves see as one, side by side along an axis: a layer's experts."""
+
+    parts: tuple[str, ...]
+    axis: int
+
+
 @dataclass(frozen=True)
 class Specification:
     """The symmetries of one network, with the shapes of its tensors.
@@ -71,6 +80,7 @@ class Specification:
     fixed: the (tensor, axis) pairs that no symmetry moves, tensors as shell patterns. Every axis
         must be moved or fixed (or both, if a part of it moves), so that none is forgotten.
     width_key: the key of a model's config that says how many units a symmetry with padding has.
+    joined: the tensors that stand in shapes and moves in the place of their parts.
 
     Raises `KarcherError` when it is made unless sizes agree, blocks do not overlap, and every axis
     is moved or fixed.
@@ -81,6 +91,7 @@ class Specification:
     symmetries: tuple[Symmetry, ...]
     fixed: tuple[tuple[str, int], ...] = ()
     width_key: str | None = None
+    joined: Mapping[str, Joined] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         moved: _Moved = {}
@@ -93,6 +104,19 @@ class Specification:
     def tensors(self) -> set[str]:
         """The names of all tensors that any symmetry moves."""
         return {move.tensor for symmetry in self.symmetries for move in symmetry.moves}
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The checkpoint's tensors that a tensor of the moves stands for; most often itself."""
+        return self.joined[name].parts if name in self.joined else (name,)
+
+    @cached_property
+    def places(self) -> dict[str, tuple[str, int]]:
+        """For each part of a joined tensor: the name of that, and which part of it this is."""
+        return {
+            part: (name, place)
+            for name, joined in self.joined.items()
+            for place, part in enumerate(joined.parts)
+        }
 
 
 def moves_of_outputs(start: str, *layers: str, block: int = 1) -> list[Move]:
@@ -113,24 +137,33 @@ def family_specification(
     known: str,
     residual: bool,
     width_key: str,
+    joined: Mapping[str, Joined] | None = None,
 ) -> Specification:
     """The specification of a model of a family.
 
     symmetries: those of a model with all tensors that the family may have, such as biases.
     known: matches the names of the family's tensors; their axes that nothing moves are fixed, and
-        any other tensor raises `KarcherError`.
+        any other tensor raises `KarcherError`. Buffers of constants are known in any family.
     """
     present = tuple(_present(symmetry, shapes) for symmetry in symmetries)
     moved = {(move.tensor, move.axis) for symmetry in present for move in symmetry.moves}
+    strange = [n for n in shapes if not (re.fullmatch(known, n) or is_constant(n, shapes[n]))]
+    if strange:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise KarcherError(
+            f"Align does not know {strange[0]}{more} in a model of the type {family}, so it cannot "
+            "tell what depends on the order of its units: describe the network by --spec, or leave "
+            "that tensor out of the file."
+        )
     fixed = tuple(
         (name, axis)
         for name, shape in shapes.items()
         # Cross-attention reads another network, whose residual stream is not permuted.
-        if re.fullmatch(known, name) and not (residual and "cross" in name)
+        if is_constant(name, shape) or not (residual and "cross" in name)
         for axis in range(len(shape))
         if (name, axis) not in moved
     )
-    return Specification(family, shapes, present, fixed, width_key)
+    return Specification(family, shapes, present, fixed, width_key, joined or {})
 
 
 def _present(symmetry: Symmetry, shapes: Shapes) -> Symmetry:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from mergekit_karcher.align.checkpoint import Checkpoint
 from mergekit_karcher.align.run import Aligned, Choices, align
 from mergekit_karcher.align.symmetry import Symmetry
 from mergekit_karcher.cli.main import examples, logged
+from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.host.documents import named_in, read_config
 from mergekit_karcher.report.names import is_local, short_names
 
+# Seconds in which no progress is shown: errors before the work begins need none.
+_DELAY = 0.5
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -30,8 +34,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     epilog=examples(
         "mergekit-karcher align run1 run2 run3 --out aligned",
         "mergekit-yaml aligned/config.yml merged",
-        "mergekit-karcher align --config config.yml --out aligned --dry-run",
-        "mergekit-karcher align a.safetensors b.safetensors c.safetensors --out aligned",
+        "mergekit-karcher align --config config.yml --dry-run",
+        "mergekit-karcher align a.pt b.pt c.pt --assume-stack --out aligned",
     ),
 )
 @click.argument("models", nargs=-1)
@@ -39,7 +43,6 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    required=True,
     help="A new folder for the aligned models, config.yml and alignment.json.",
 )
 @click.option(
@@ -48,6 +51,11 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "of two models; otherwise all are matched to each other]",
 )
 @click.option("--spec", type=_FILE, help="A YAML file that says what may be permuted.")
+@click.option(
+    "--assume-stack",
+    is_flag=True,
+    help="Files of tensors are plain stacks: each layer reads the one before it, and nothing else.",
+)
 @click.option("--residual", is_flag=True, help="Permute the residual stream as well.")
 @click.option("--pad", is_flag=True, help="Fill narrower MLPs up with neurons that do nothing.")
 @click.option("--alignment", type=_FILE, help="Apply the orders of an earlier alignment.json.")
@@ -67,7 +75,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def main(
     models: tuple[str, ...],
     config: Path | None,
-    out: Path,
+    out: Path | None,
     reference: str | None,
     dry_run: bool,
     transformers_cache: str | None,
@@ -82,15 +90,20 @@ def main(
     that bring the MODELS nearest to each other, and writes the models in these orders. Each of them
     computes what it did before, to within rounding.
 
-    A model is a Hugging Face model, or a raw checkpoint of a plain stack of layers.
+    A model is a Hugging Face model, or a file of tensors. Such a file does not say how its layers
+    are connected: add --assume-stack if they are a plain stack, or describe them by --spec.
     """
     if bool(models) == (config is not None):
         raise click.UsageError("Give either models or --config.")
+    if out is None and not dry_run:
+        raise click.UsageError("Give --out, or --dry-run to write nothing.")
     document = None if config is None else read_config(config)
     references = list(models) if document is None else [*dict.fromkeys(named_in(document))]
+    if config is not None:
+        _check_folder(references, config.parent)
     if len(references) < 2:
         raise click.UsageError("Give at least two models.")
-    places = {os.path.realpath(r) if os.path.exists(r) else r for r in references}
+    places = {os.path.realpath(os.path.expanduser(r)) for r in references}
     if len(places) < len(references):
         raise click.UsageError("Give each model once.")
     if choices["spec"] is not None and choices["pad"]:
@@ -99,14 +112,29 @@ def main(
         Checkpoint(model, name, transformers_cache)
         for model, name in zip(references, _folder_names(references), strict=True)
     ]
-    if not dry_run:
+    if out is not None and not dry_run:
         output.check_free(checkpoints, out)
     chosen = Choices(_chosen_reference(reference, references, document), **choices)
     aligned = _align(checkpoints, chosen, quiet)
-    if not dry_run:
-        output.write(aligned, out, document, transformers_cache)
     if not quiet:
-        _show(aligned, out, dry_run)
+        _show(aligned)
+    if out is None or dry_run:
+        text = "Nothing was written (--dry-run)."
+    else:
+        output.write(aligned, out, document, transformers_cache)
+        text = _next_step(aligned, out)
+    if not quiet:
+        click.echo(text)
+
+
+def _check_folder(references: Sequence[str], folder: Path) -> None:
+    """Raise `KarcherError` where a path leads from the config's folder, but not from this one."""
+    for reference in references:
+        if not os.path.exists(reference) and (folder / reference).exists():
+            raise KarcherError(
+                f"{reference} is not in {Path.cwd()}, where mergekit looks for it, but beside the "
+                f"config: run the command in {folder.resolve()}, or write the whole path."
+            )
 
 
 def _chosen_reference(
@@ -124,25 +152,32 @@ def _chosen_reference(
 
 def _folder_names(references: Sequence[str]) -> list[str]:
     short = short_names(references, is_local)
-    names = [re.sub(r"[/\\@]", "--", short[reference]) for reference in references]
-    suffixes = [Path(r).suffix if Path(r).is_file() else "" for r in references]
+    names = [re.sub(r"[/\\@+\s\"]", "--", short[reference]) for reference in references]
+    paths = [Path(reference).expanduser() for reference in references]
+    suffixes = [path.suffix if path.is_file() else "" for path in paths]
     stems = [name.removesuffix(end) for name, end in zip(names, suffixes, strict=True)]
     # The same name with two endings would be one name.
     return stems if len(set(stems)) == len(stems) else names
 
 
 def _align(checkpoints: Sequence[Checkpoint], choices: Choices, quiet: bool) -> Aligned:
-    form = "{desc}: {n_fmt} done, {elapsed}{postfix}"
-    with tqdm(desc="Aligning", disable=quiet, bar_format=form) as bar:
+    form = "{desc}: {n_fmt} of {total_fmt} done in {elapsed}, about {remaining} left{postfix}"
+    with tqdm(desc="Aligning", disable=quiet, bar_format=form, delay=_DELAY) as bar:
+        begun = 0
 
         def advance(what: str) -> None:
+            nonlocal begun
+            # A step is done once the next one begins.
+            bar.update(begun - bar.n)
             bar.set_postfix_str(what)
-            bar.update()
+            begun += 1
 
-        return align(checkpoints, choices, advance)
+        aligned = align(checkpoints, choices, bar.reset, advance)
+        bar.update()
+        return aligned
 
 
-def _show(aligned: Aligned, out: Path, dry_run: bool) -> None:
+def _show(aligned: Aligned) -> None:
     console = Console(soft_wrap=True)
     console.print(_table_of_moves(aligned))
     before, after = aligned.before, aligned.after
@@ -154,12 +189,22 @@ def _show(aligned: Aligned, out: Path, dry_run: bool) -> None:
     )
     if not aligned.changed:
         console.print("The models are aligned already: there is nothing to do.")
-    elif dry_run:
-        console.print("Nothing was written (--dry-run).")
-    if not dry_run:
-        raw = aligned.models[0].checkpoint.is_raw
-        command = "mergekit-pytorch" if raw else "mergekit-yaml"
-        console.print(f"Merge them by: {command} {out / output.CONFIG} MERGED")
+
+
+def _next_step(aligned: Aligned, out: Path) -> str:
+    """What the user does next, as commands to be pasted."""
+    first = aligned.models[0].checkpoint
+    raw = output.merges_raw(first)
+    tool = "mergekit-pytorch" if raw else "mergekit-yaml"
+    text = f"Merge them by: {shlex.join([tool, str(out / output.CONFIG), 'MERGED'])}"
+    if raw and first.config is not None:
+        text += (
+            f"\nmergekit-yaml stops on models of the type {first.config.get('model_type')}, and "
+            "mergekit-pytorch writes weights alone: then copy config.json and the tokenizer's "
+            f"files from {shlex.quote(str(first.target(out) if aligned.changed else first.place))}"
+            " into MERGED."
+        )
+    return text
 
 
 def _table_of_moves(aligned: Aligned) -> Table:

@@ -66,7 +66,10 @@ class _Group(click.Group):
         except Exception as error:
             # mergekit and transformers raise errors of many kinds and of many lines.
             _LOG.debug("stopped by", exc_info=True)
-            raise KarcherError(first_line(error)) from None
+            raise KarcherError(
+                f"{ctx.invoked_subcommand} met an error that it does not know "
+                f"({type(error).__name__}: {first_line(error)}); -vv shows where."
+            ) from None
 
 
 @click.group(cls=_Group, epilog="`mergekit-karcher COMMAND --help` has examples.")

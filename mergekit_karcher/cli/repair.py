@@ -33,8 +33,20 @@ from mergekit_karcher.cli.main import examples, logged
     required=True,
     help="Where to write the repaired model.",
 )
+@click.option(
+    "--assume-stack",
+    is_flag=True,
+    help="Files of tensors are plain stacks of linear layers with ReLU between them.",
+)
 @logged
-def main(merged: str, parents: tuple[str, ...], data: Path, out: Path, quiet: bool) -> None:
+def main(
+    merged: str,
+    parents: tuple[str, ...],
+    data: Path,
+    out: Path,
+    assume_stack: bool,
+    quiet: bool,
+) -> None:
     """Rescale the hidden units of a merged network to match its parents (REPAIR).
 
     MERGED is the merge of the aligned PARENTS. Averaging makes activations weaker. Every hidden
@@ -42,9 +54,11 @@ def main(merged: str, parents: tuple[str, ...], data: Path, out: Path, quiet: bo
     deviation of its pre-activation on the calibration data are the average of the parents'.
 
     The data is a text, of which up to 4096 tokens are used, or the inputs of a raw network of
-    linear layers with ReLU between them. Two whole models are held in memory at a time.
+    linear layers with ReLU between them: a file of tensors, or the folder that mergekit-pytorch
+    wrote. Such a network needs --assume-stack, since its tensors do not show what it is. Two whole
+    models are held in memory at a time.
     """
-    corrections = repair_checkpoint(merged, parents, data, out)
+    corrections = repair_checkpoint(merged, parents, data, out, assume_stack)
     if not quiet:
         scales = torch.cat([correction.scale for correction in corrections.values()])
         click.echo(

@@ -47,7 +47,8 @@ def headers_of(index: Any) -> dict[str, Header]:
     headers: dict[str, Header] = {}
     for shard in sorted(set(index.tensor_paths.values())):
         path = Path(index.base_path, shard)
-        headers |= _of_safetensors(path) if path.suffix == ".safetensors" else _of_pickle(path)
+        is_safetensors = path.suffix.lower() == ".safetensors"
+        headers |= _of_safetensors(path) if is_safetensors else _of_pickle(path)
     return {name: headers[name] for name in index.tensor_paths if name in headers}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import logging
 import os
@@ -20,10 +21,10 @@ from mergekit_karcher.host.checks import NAMES
 from mergekit_karcher.host.documents import named_in, read_config
 from mergekit_karcher.host.graph import merge_tasks
 from mergekit_karcher.host.install import register
+from mergekit_karcher.host.places import check_places
 from mergekit_karcher.host.run import FISHER, KARCHER
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.report.build import build
-from mergekit_karcher.report.names import RAW_SUFFIXES, is_local
 from mergekit_karcher.report.schema import Report
 
 # Our methods, which a report sees as they are; others are seen as karcher would merge their models.
@@ -54,23 +55,32 @@ def report_on(path: Path, options: Any) -> Report:
     # These need mergekit's own classes, which are there now.
     from mergekit_karcher.host.metric_loads import MetricFiles
     from mergekit_karcher.host.plan import OurTasks, checked_run
-    from mergekit_karcher.host.preflight import Checkpoints, left_out, problems
+    from mergekit_karcher.host.preflight import (
+        Checkpoints,
+        left_out,
+        missing_in_some,
+        problems,
+    )
     from mergekit_karcher.host.report_context import planned_of
 
     document = read_config(path)
     _check_devices(options)
     asked_for = str(document.get("merge_method"))
-    config, tasks, sliced = _planned_as_karcher(document, asked_for, options)
+    _check_method(asked_for)
+    config, tasks, sliced = _planned_as_karcher(document, asked_for, path.parent, options)
     checkpoints = Checkpoints()
     merges = checkpoints.present(merge_tasks(tasks, _OURS))
     if not merges:
         raise KarcherError(f"There is nothing to report on in {path}: it merges no tensor.")
     _stop_for([*problems(merges, checkpoints, sliced=sliced)])
-    for sentence in left_out(merges, checkpoints, sliced=sliced):
+    for sentence in (
+        *left_out(merges, checkpoints, sliced=sliced),
+        *missing_in_some(merges, checkpoints),
+    ):
         _LOG.warning(sentence)
     method = FISHER if asked_for == FISHER else KARCHER
     run = checked_run(merges, config, path.name, method, watched=True)
-    planned = planned_of(config, merges, asked_for)
+    planned = planned_of(config, merges, checkpoints.counted_once(merges), asked_for)
     if all(_input_count(merge) < 2 for merge in merges):
         raise KarcherError(
             f"There is nothing to compare in {path}: every tensor comes from one model."
@@ -92,6 +102,17 @@ def _stop_for(reasons: Sequence[str]) -> None:
         raise KarcherError(several + listed)
 
 
+def _check_method(name: str) -> None:
+    """Raise `KarcherError` if mergekit has no merge method of that name."""
+    from mergekit.merge_methods import registry
+
+    known = sorted(compat.table_of(registry))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}."
+        raise KarcherError(f"mergekit has no merge_method: {name}; {hint}")
+
+
 def _check_devices(options: Any) -> None:
     from mergekit.common import get_torch_accelerator_type
 
@@ -104,17 +125,14 @@ def _input_count(merge: Any) -> int:
 
 
 def _planned_as_karcher(
-    document: dict[str, Any], asked_for: str, options: Any
+    document: dict[str, Any], asked_for: str, folder: Path, options: Any
 ) -> tuple[Any, Sequence[Any], bool]:
     """A config, its plan with karcher in the place of another method, whether it names layers."""
     if asked_for not in _OURS:
         document = _stripped(document, _SHARED_WITH_OTHERS) | {"merge_method": KARCHER}
     models = list(named_in(document))
-    for model in models:
-        place = model.split("+")[0].split("@")[0]
-        if is_local(place) and not os.path.exists(place):
-            raise KarcherError(f"There is no model at {place}.")
-    raw = any(model.endswith(RAW_SUFFIXES) for model in models)
+    check_places(models, folder=folder, cache=options.transformers_cache)
+    raw = any(os.path.isfile(model) for model in models)
     with restricted_unpickling():
         config, tasks, sliced = (_planned_raw if raw else _planned)(document, options)
     ours = tasks if asked_for in _OURS else [_as_ours(task) for task in tasks]
@@ -171,25 +189,29 @@ def _planned(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any]
     from mergekit.io.tasks import LoaderCache
     from mergekit.plan import MergePlanner
 
-    from mergekit_karcher.host.config_checks import check_settings
-    from mergekit_karcher.host.plan import dequantise, names_layers
+    from mergekit_karcher.host.config_checks import check_modules, check_settings
+    from mergekit_karcher.host.plan import dequantise, names_layers, planning
 
     config = _validated(MergeConfiguration, document)
     models = config.referenced_models()
     cache = LoaderCache()
     cache.setup(options=options)
     dequantise(cache, tqdm(models, desc="Warmup loader cache", disable=options.quiet))
-    planner = MergePlanner(
-        config,
-        get_architecture_info(config, options),
-        options=options,
-        out_model_config=models[0].config(trust_remote_code=options.trust_remote_code),
-    )
+    with planning():
+        planner = MergePlanner(
+            config,
+            get_architecture_info(config, options),
+            options=options,
+            out_model_config=models[0].config(trust_remote_code=options.trust_remote_code),
+        )
     check_settings(config, compat.method_of(planner).spec)
+    check_modules(config, planner.arch_info.modules)
+    sliced = names_layers(config)
     # Without what is added to the plan of a merge. The tasks that would write are not run.
     # (plan_in_memory of mergekit 0.1.5 does not validate its own tasks.)
-    sliced = names_layers(config)
-    return config, compat.original(MergePlanner.plan_to_disk)(planner, ""), sliced
+    with planning():
+        tasks = compat.original(MergePlanner.plan_to_disk)(planner, "")
+    return config, tasks, sliced
 
 
 def _planned_raw(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[Any], bool]:
@@ -197,13 +219,14 @@ def _planned_raw(document: dict[str, Any], options: Any) -> tuple[Any, Sequence[
     from mergekit.scripts import merge_raw_pytorch
 
     from mergekit_karcher.host.config_checks import check_settings
-    from mergekit_karcher.host.plan import dequantise_raw
+    from mergekit_karcher.host.plan import dequantise_raw, planning
 
     config = _validated(merge_raw_pytorch.RawPyTorchMergeConfig, document)
     check_settings(config, merge_methods.get(config.merge_method).spec)
     dequantise_raw(merge_raw_pytorch.SimpleLoaderCache(), config, options)
     plan = compat.original(merge_raw_pytorch.plan_flat_merge)
-    with contextlib.redirect_stderr(io.StringIO()) if options.quiet else contextlib.nullcontext():
+    quiet = contextlib.redirect_stderr(io.StringIO()) if options.quiet else contextlib.nullcontext()
+    with quiet, planning():
         tasks = plan(config, "", tensor_union=True, tensor_intersection=False, options=options)
     return config, tasks, False
 

@@ -31,9 +31,7 @@ from mergekit_karcher.host.config_checks import (
 )
 from mergekit_karcher.host.graph import (
     has_metric,
-    loads_of,
     merge_tasks,
-    only_tied,
     saved_dtypes,
     weights_read,
     with_merges_replaced,
@@ -153,7 +151,7 @@ def rewrite_plan(
     rewritten = with_merges_replaced(tasks, new)
     if folder is not None:
         make_folder(folder)
-        planned = planned_of(config, merges, config.merge_method)
+        planned = planned_of(config, merges, checkpoints.counted_once(merges), config.merge_method)
         rewritten.append(report_task(rewritten, planned, run, folder))
     return rewritten
 
@@ -217,17 +215,9 @@ class OurTasks:
         return [self.make(TensorMean, merge) for merge in merges]
 
     def model_mean(self, merges: Sequence[Any]) -> ModelMean:
-        """The task that takes the mean of whole models.
-
-        Each tensor of a checkpoint counts once. A plan may read one twice: tied weights, or a
-        module that is part of two.
-        """
-        counted: dict[Any, Any] = {}
-        for merge in merges:
-            read = tuple(tuple(self._checkpoints.sources(load)) for _, load in loads_of(merge))
-            if not only_tied(merge):
-                counted.setdefault(read, merge)
-        return ModelMean(parts=tuple(self.make(TensorProducts, m) for m in counted.values()))
+        """The task that takes the mean of whole models."""
+        counted = self._checkpoints.counted_once(merges)
+        return ModelMean(parts=tuple(self.make(TensorProducts, merge) for merge in counted))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from mergekit_karcher.host.graph import (
     loads_of,
     model_type_of,
     names_of,
+    only_tied,
 )
 from mergekit_karcher.host.headers import FLOATS, Header, headers_of, identical, is_constant
 from mergekit_karcher.host.rows import RowLayout, row_layout
@@ -89,6 +90,18 @@ class Checkpoints:
         """
         return [merge for merge in merges if not self._is_unknown(merge)]
 
+    def counted_once(self, merges: Iterable[Any]) -> list[Any]:
+        """The merge tasks whose inputs count: each tensor of a checkpoint once.
+
+        A plan may read one twice: tied weights, or a module that is part of two.
+        """
+        counted: dict[Any, Any] = {}
+        for merge in merges:
+            read = tuple(tuple(self.sources(load)) for _, load in loads_of(merge))
+            if not only_tied(merge):
+                counted.setdefault(read, merge)
+        return list(counted.values())
+
     def _is_unknown(self, merge: Any) -> bool:
         loads = [load for _, load in loads_of(merge)]
         if any(self.sources(load) for load in loads):
@@ -132,6 +145,23 @@ def _missing(merge: Any, checkpoints: Checkpoints) -> Iterator[str]:
         f"{lacking[0]} has no {name}, which other models have and mergekit needs of every one: "
         "load that model with transformers and save it anew, or leave it out."
     )
+
+
+def missing_in_some(merges: Sequence[Any], checkpoints: Checkpoints) -> Iterator[str]:
+    """Tensors that some raw checkpoints lack, as at most one sentence."""
+    lacking = [
+        (merge.output_weight.name, str(model))
+        for merge in merges
+        for model, load in loads_of(merge)
+        if not hasattr(load, "optional") and not checkpoints.sources(load)
+    ]
+    if lacking:
+        name, model = min(lacking)
+        yield (
+            f"{model} has no {name}, which other models have ({len(lacking)} such cases): "
+            "mergekit-pytorch stops there unless it is given --tensor-union or "
+            "--tensor-intersection."
+        )
 
 
 def _unequal_shapes(merge: Any, checkpoints: Checkpoints) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergekit_karcher.host.checks import weights_of
-from mergekit_karcher.host.graph import has_metric, only_tied
+from mergekit_karcher.host.graph import has_metric
 from mergekit_karcher.host.run import FISHER
 from mergekit_karcher.report.apart import plain_range
 from mergekit_karcher.report.build import Planned
@@ -16,12 +16,15 @@ from mergekit_karcher.report.observation import ROUNDOFF
 from mergekit_karcher.report.schema import Model, Settings
 
 
-def planned_of(config: Any, merges: Sequence[Any], asked_for: str) -> Planned:
+def planned_of(
+    config: Any, merges: Sequence[Any], counted: Sequence[Any], asked_for: str
+) -> Planned:
     """What the report on a merge is told of its plan.
 
     Arguments:
         config: The config of mergekit-yaml or mergekit-pytorch.
         merges: Its merge tasks, as mergekit planned them.
+        counted: Those whose tensors count, each tensor of a checkpoint once.
         asked_for: The merge method that the config asks for; karcher is what it is seen by.
 
     Returns:
@@ -32,6 +35,7 @@ def planned_of(config: Any, merges: Sequence[Any], asked_for: str) -> Planned:
     if not hasattr(config, "slices"):
         # mergekit-pytorch plans its tensors in the order of a set.
         merges = sorted(merges, key=lambda merge: str(merge.output_weight.name))
+    once = {id(merge) for merge in counted}
     models, base = _models(merges)
     output = dtype_from_name(config.out_dtype or config.dtype)
     return Planned(
@@ -42,7 +46,7 @@ def planned_of(config: Any, merges: Sequence[Any], asked_for: str) -> Planned:
             # fisher weighs every element by itself.
             merge.output_weight.name: next(iter(_used([merge], "granularity")), "element")
             for merge in merges
-            if not only_tied(merge)
+            if id(merge) in once
         },
         None if output is None else ROUNDOFF[output],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,24 +21,34 @@ BY_MODEL_TYPE: dict[str, Family] = {
 
 
 def specification_for(
-    config: Mapping[str, Any] | None, shapes: Shapes, residual: bool
+    config: Mapping[str, Any] | None, shapes: Shapes, residual: bool, assume_stack: bool = False
 ) -> Specification:
     """The symmetries of a Hugging Face model, or without config of a raw checkpoint.
 
     residual: whether the residual stream is permuted as well; a raw checkpoint has none.
+    assume_stack: whether the user says that a raw checkpoint is what its names suggest.
     Raises `KarcherError` if the family is not known or the weights are not as it has them, and
     `KeyError` if the config or the weights lack something that all models of the family have.
     """
     if config is None:
-        return stack.specification(shapes)
+        found = stack.specification(shapes)
+        if not assume_stack:
+            raise KarcherError(stack.assumption(found))
+        return found
     model_type = str(config.get("model_type"))
     if model_type not in BY_MODEL_TYPE:
         raise KarcherError(
             f"The symmetries of models of type {model_type} are not known: give them by --spec "
             f"(known are {', '.join(sorted(BY_MODEL_TYPE))})."
         )
+    for architecture in config.get("architectures") or () if residual else ():
+        if re.fullmatch(r".*(?<!LMHead)(?<!DoubleHeads)Model", architecture):
+            raise KarcherError(
+                f"--residual would reorder what a {architecture} returns, since no head stands on "
+                "it: leave --residual out."
+            )
     specification = BY_MODEL_TYPE[model_type](config, shapes, residual)
-    if not any(symmetry.padding for symmetry in specification.symmetries):
+    if all(symmetry.name == "residual" for symmetry in specification.symmetries):
         raise KarcherError(
             f"No layer of the type {model_type} is among the weights; quantised models must be "
             "dequantised first."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mergekit_karcher.align.families.heads import KNOWN_HEADS, moves_of_heads
 from mergekit_karcher.align.symmetry import (
     InnerMove,
     Inside,
@@ -34,7 +35,7 @@ def gpt2(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> Specifica
         symmetries.append(_gpt2_heads(f"{layer}attn.", width, heads))
     if residual:
         symmetries.append(_gpt2_residual(prefix, layers, width))
-    known = rf"{prefix}(wte|wpe|ln_f|h)\..*|lm_head\..*"
+    known = rf"{prefix}(wte|wpe|ln_f|h)\..*|{KNOWN_HEADS}"
     return family_specification("gpt2", shapes, symmetries, known, residual, "n_inner")
 
 
@@ -55,7 +56,7 @@ def _gpt2_heads(start: str, width: int, heads: int) -> Symmetry:
 
 def _gpt2_residual(prefix: str, layers: list[str], width: int) -> Symmetry:
     moves = moves_of_inputs(prefix, "wte", "wpe") + moves_of_outputs(prefix, "ln_f")
-    moves.append(Move("lm_head.weight", 1))
+    moves += moves_of_heads()
     for start in layers:
         moves += moves_of_outputs(start, "ln_1", "ln_2")
         moves += [Move(f"{start}{name}.weight", 0) for name in ("attn.c_attn", "mlp.c_fc")]
@@ -78,8 +79,7 @@ def gpt_neox(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> Speci
         symmetries.append(_neox_heads(f"{layer}attention.", heads, width // heads))
     if residual:
         symmetries.append(_neox_residual(prefix, layers, width))
-    # transformers has called the output layer by both names.
-    known = rf"{prefix}(embed_in|final_layer_norm|layers)\..*|(embed_out|lm_head)\..*"
+    known = rf"{prefix}(embed_in|final_layer_norm|layers)\..*|{KNOWN_HEADS}"
     return family_specification(
         "gpt_neox", shapes, symmetries, known, residual, "intermediate_size"
     )
@@ -96,7 +96,7 @@ def _neox_heads(start: str, heads: int, block: int) -> Symmetry:
 
 def _neox_residual(prefix: str, layers: list[str], width: int) -> Symmetry:
     moves = moves_of_inputs(prefix, "embed_in") + moves_of_outputs(prefix, "final_layer_norm")
-    moves += moves_of_inputs("", "embed_out", "lm_head")
+    moves += moves_of_heads()
     for start in layers:
         moves += moves_of_outputs(start, "input_layernorm", "post_attention_layernorm")
         moves += moves_of_inputs(start, "attention.query_key_value", "mlp.dense_h_to_4h")
@@ -117,8 +117,11 @@ def bert(config: Mapping[str, Any], shapes: Shapes, residual: bool) -> Specifica
         symmetries.append(_mlp(layer, shapes, "intermediate.dense", "output.dense"))
         symmetries.append(_bert_heads(f"{layer}attention.", heads, width // heads))
     if residual:
-        symmetries.append(_bert_residual(prefix, layers, width, shapes))
-    known = rf"{prefix}(embeddings|encoder|pooler)\..*|(cls|classifier|qa_outputs)\..*"
+        pooled = f"{prefix}pooler.dense.weight" in shapes
+        # A classifier of tokens does not read the pooler, even if an old file has one.
+        pooled &= "BertForTokenClassification" not in (config.get("architectures") or ())
+        symmetries.append(_bert_residual(prefix, layers, width, pooled))
+    known = rf"{prefix}(embeddings|encoder|pooler)\..*|cls\..*|{KNOWN_HEADS}"
     return family_specification("bert", shapes, symmetries, known, residual, "intermediate_size")
 
 
@@ -132,13 +135,13 @@ def _bert_heads(start: str, heads: int, block: int) -> Symmetry:
     return Symmetry(f"{start}heads", heads, tuple(moves), inside)
 
 
-def _bert_residual(prefix: str, layers: list[str], width: int, shapes: Shapes) -> Symmetry:
+def _bert_residual(prefix: str, layers: list[str], width: int, pooled: bool) -> Symmetry:
     embeddings, head = f"{prefix}embeddings.", "cls.predictions."
     kinds = [f"{kind}_embeddings" for kind in ("word", "position", "token_type")]
     moves = moves_of_inputs(embeddings, *kinds) + moves_of_outputs(embeddings, "LayerNorm")
     moves += moves_of_inputs("", f"{prefix}pooler.dense", "qa_outputs")
     # The outputs of a pooler have an order that is not that of the residual stream.
-    if f"{prefix}pooler.dense.weight" not in shapes:
+    if not pooled:
         moves.append(Move("classifier.weight", 1))
     # The decoder is the word embedding: so what it reads has the order of that.
     moves += [Move(f"{head}transform.dense.weight", axis) for axis in (0, 1)]

@@ -3,7 +3,7 @@
 They are recognised by names and shapes alone: all layers have one name but for a number in it, and
 each reads as many units as the one before has. What lies between layers (activations, pooling,
 dropout) works on each unit by itself and does not matter. Skip connections and grouped convolutions
-cannot be seen: networks that have them need a specification.
+cannot be seen: so the user has to say that there are none, or give a specification.
 """
 
 from __future__ import annotations
@@ -60,6 +60,24 @@ def specification(shapes: Shapes) -> Specification:
         raise _no_stack("there are no two layers")
     fixed += [(move.tensor, move.axis) for move in waiting]
     return Specification("stack", shapes, tuple(symmetries), tuple(fixed))
+
+
+def assumption(specification: Specification) -> str:
+    """What is taken from the names of a stack and cannot be checked, in words for the user."""
+    layers = layers_in(specification)
+    return (
+        "A file of tensors does not say how its layers are connected: by their names, "
+        f"{', '.join(layers)} follow one another, and each would read the one before it alone, "
+        "without skip connections, gates or groups; add --assume-stack if that is so, or describe "
+        "the network (align: --spec), because otherwise the result would compute something else."
+    )
+
+
+def layers_in(specification: Specification) -> list[str]:
+    """The names of the layers of a stack, from the first to the last."""
+    # The last layer reads the last hidden units, and has no symmetry of its own.
+    last = next(m.tensor for m in specification.symmetries[-1].moves if m.axis == 1)
+    return [*(s.name for s in specification.symmetries), last.rpartition(".")[0]]
 
 
 def _layers(shapes: Shapes) -> list[dict[str, str]]:
