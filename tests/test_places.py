@@ -33,14 +33,19 @@ def test_what_is_there_passes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", ["/no/such/folder", "./none", "C:\\models\\a", "D:/Models/some model", "a/b/c"]
+    "path", ["/no/such/folder", "./none", "C:\\models\\a", "D:/Models/some model", "a/b/c", "a.pt"]
 )
 def test_a_path_that_is_not_there(path):
-    assert sentence_of(path) == f"There is no model at {path}."
+    said = sentence_of(path)
+    assert said.startswith(f"There is no model at {path}")
+    assert ("where relative paths begin" in said) == (path[0] not in "/CD")
 
 
 def test_an_adapter_that_is_not_there(tmp_path):
-    assert sentence_of(f"{tmp_path}+/no/adapter") == "There is no model at /no/adapter."
+    assert (
+        sentence_of(f"{tmp_path}+/no/adapter")
+        == "There is no model at /no/adapter: check the path."
+    )
 
 
 def test_a_home_folder(tmp_path, monkeypatch):
@@ -48,7 +53,7 @@ def test_a_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").mkdir()
     assert f"write {tmp_path}/model instead" in sentence_of("~/model")
-    assert sentence_of("~/none") == "There is no model at ~/none."
+    assert sentence_of("~/none") == "There is no model at ~/none: check the path."
 
 
 def test_a_path_from_the_folder_of_the_config(tmp_path, monkeypatch):
@@ -107,4 +112,4 @@ def test_align_and_report_say_it(cli, tmp_path, monkeypatch):
     ]
     for result in results:
         assert result.exit_code == 1
-        assert "There is no model at /no/model." in result.output
+        assert "There is no model at /no/model: check the path." in result.output

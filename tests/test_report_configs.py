@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import write
 from configs import config_for
-from conftest import llama
+from conftest import llama, weights_of
 from reports import report_of, vectors_of
 from safetensors.torch import save_file
 from wide import angle
@@ -164,3 +165,32 @@ def test_a_model_that_is_not_there_and_parameters_that_are_not(cli, close_models
     assert (result.exit_code, "did you mean weight?" in result.stderr) == (1, True)
     single = cli("report", "--quiet", config=config_for(close_models[1:2]))
     assert (single.exit_code, "nothing to compare" in single.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("dare-ties", "dare_ties"), ("karchner", "karcher"), ("zzz", "linear")]
+)
+def test_a_merge_method_that_does_not_exist(three_models, cli, name, near):
+    result = cli("report", config=config_for(three_models) | {"merge_method": name})
+    assert result.exit_code == 1
+    assert f"Error: mergekit has no merge_method: {name}; " in result.output
+    assert near in result.output
+
+
+def test_raw_checkpoints_of_which_some_lack_a_tensor(cli, tmp_path, caplog):
+    paths = [str(tmp_path / f"{seed}.safetensors") for seed in range(2)]
+    save_file({"w": torch.rand(3), "position_ids": torch.arange(3)}, paths[0])
+    save_file({"w": torch.rand(3)}, paths[1])
+    result = cli("report", config=config_for(paths))
+    assert result.exit_code == 0, result.output
+    assert f"{paths[1]} has no position_ids, which other models have" in caplog.text
+    assert "--tensor-union" in caplog.text
+
+
+def test_a_tensor_that_the_plan_reads_twice_counts_once(cli, tmp_path):
+    """A vision tower may name one tensor of its checkpoint in two modules."""
+    paths = [write("qwen2_5_vl", tmp_path / str(seed), seed) for seed in range(2)]
+    report = report_of(cli("report", "--json", config=config_for(paths)))
+    names = [tensor.name for tensor in report.tensors]
+    assert len(names) == len(set(names))
+    assert set(names) == set(weights_of(paths[0]))

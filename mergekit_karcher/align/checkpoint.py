@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +39,6 @@ _SAFETENSORS = ".safetensors"
 _CONFIG = "config.json"
 ONE_FILE = "model.safetensors"
 # What may be the name of a model on the Hub, with its revision.
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 class Checkpoint:
@@ -62,7 +60,11 @@ class Checkpoint:
         """
         self.reference, self.name = reference, name
         self.place = os.path.expanduser(reference)
-        _check_place(reference, self.place)
+        if "+" in reference:
+            raise KarcherError(
+                f"{reference} is a model with an adapter: merge the adapter into it first, then "
+                "align the result."
+            )
         self.is_raw = Path(self.place).is_file()
         try:
             self._folder, self._index, self._loader = open_checkpoint(self.place, cache)
@@ -70,12 +72,7 @@ class Checkpoint:
             raise
         except Exception as error:  # mergekit, torch and the Hub raise errors of many kinds
             why = first_line(error).rstrip(".:")
-            if os.path.exists(self.place):
-                raise KarcherError(f"{reference} cannot be read: {why}.") from None
-            raise KarcherError(
-                f"There is no file or folder {reference} in {Path.cwd()}, and the Hub gave no "
-                f"model of that name ({why})."
-            ) from None
+            raise KarcherError(f"{reference} cannot be read: {why}.") from None
         self.config: dict[str, Any] | None = None
         if not self.is_raw and (self._folder / _CONFIG).is_file():
             self.config = json.loads((self._folder / _CONFIG).read_text(encoding="utf-8"))
@@ -195,21 +192,6 @@ class Checkpoint:
             size = sum((folder / file).stat().st_size for file in set(files.values()))
             index = {"metadata": {"total_size": size}, "weight_map": files}
             _write_json(folder / "model.safetensors.index.json", index)
-
-
-def _check_place(reference: str, place: str) -> None:
-    """Raise `KarcherError` if there is neither a file or folder nor what may be on the Hub."""
-    if os.path.exists(place):
-        return
-    if "+" in reference:
-        raise KarcherError(
-            f"{reference} is a model with an adapter: merge the adapter into it first, then align "
-            "the result."
-        )
-    if place.endswith(RAW_SUFFIXES) or not _HUB_ID.fullmatch(place):
-        is_whole = os.path.isabs(place) or PureWindowsPath(place).is_absolute()
-        where = "on this machine" if is_whole else f"in {Path.cwd()}, where relative paths begin"
-        raise KarcherError(f"There is no file or folder {place} {where}: check the path.")
 
 
 def write_safetensors(

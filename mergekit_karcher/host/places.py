@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NoReturn
 
 import huggingface_hub
@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
 from mergekit_karcher.errors import KarcherError, first_line
-from mergekit_karcher.report.names import is_local
+from mergekit_karcher.report.names import RAW_SUFFIXES, is_local
 
 _SECONDS = 10
 
@@ -33,7 +33,7 @@ def check_places(
             path, _, revision = part.partition("@")
             if os.path.exists(path):
                 continue
-            if is_local(path):
+            if is_local(path) or path.endswith(RAW_SUFFIXES):
                 _refuse_path(path, folder)
             _check_hub(path, revision or None, cache)
 
@@ -47,7 +47,9 @@ def _refuse_path(path: str, folder: Path | None) -> NoReturn:
             f"There is no model at {path} from this folder, but there is one from the folder of "
             f"the config: run the command in {folder}, or write the whole path."
         )
-    raise KarcherError(f"There is no model at {path}.")
+    is_whole = os.path.isabs(expanded) or PureWindowsPath(path).is_absolute()
+    where = "" if is_whole else f" from {Path.cwd()}, where relative paths begin"
+    raise KarcherError(f"There is no model at {path}{where}: check the path.")
 
 
 def _check_hub(name: str, revision: str | None, cache: str | None) -> None:
