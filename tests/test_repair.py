@@ -10,7 +10,7 @@ import pytest
 import small_models
 import torch
 from click.testing import CliRunner
-from conftest import weights_of
+from conftest import llama, weights_of
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -321,3 +321,14 @@ def test_repair_of_a_mixture_of_experts_is_refused(tmp_path):
     arguments = ["repair", *[tmp_path / "m"] * 2, "--data", tmp_path / "text.txt", "--out", "x"]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert (result.exit_code, "is a mixture of experts" in result.stderr) == (1, True)
+
+
+def test_a_parent_of_another_size_is_named(tmp_path, three_models):
+    """As it is before align --pad has filled it up."""
+    wide = llama(tmp_path / "wide", 5, extra_words=2)
+    (tmp_path / "t.txt").write_text("w1 w2 " * 50)
+    place = ["--data", str(tmp_path / "t.txt"), "--out", str(tmp_path / "repaired")]
+    result = CliRunner().invoke(main, ["repair", wide, wide, three_models[0], *place])
+    assert result.exit_code == 1
+    assert f"[63, 32] in {three_models[0]}, but [65, 32] in {wide}" in result.output
+    assert not (tmp_path / "repaired").exists()

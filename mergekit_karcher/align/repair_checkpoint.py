@@ -34,8 +34,8 @@ def repair_checkpoint(
     checkpoint = Checkpoint(merged, out.stem if is_file else out.name)
     if checkpoint.target(out.parent) != out:
         raise KarcherError(f"{out} must end in {Path(merged).suffix}, as {merged} does.")
+    _check_parents(checkpoint, parents)
     if checkpoint.config is None:
-        _check_parents_are_raw(checkpoint, parents)
         calibration.check_linear(checkpoint)
     axes = _unit_axes(checkpoint, assume_stack)
     if checkpoint.config is None:
@@ -55,14 +55,21 @@ def repair_checkpoint(
     return corrections
 
 
-def _check_parents_are_raw(merged: Checkpoint, parents: Sequence[str]) -> None:
-    """Raise `KarcherError` if a parent says what it is, and the merge of it does not."""
-    for parent in parents:
-        if Checkpoint(parent, "parent").config is not None:
+def _check_parents(merged: Checkpoint, parents: Sequence[str]) -> None:
+    """Raise `KarcherError` if a parent is of another kind or size than the merge."""
+    for reference in parents:
+        parent = Checkpoint(reference, "parent")
+        if merged.config is None and parent.config is not None:
             raise KarcherError(
-                f"{merged.reference} has no config.json, but {parent} has: copy that and the "
-                f"tokenizer's files from {parent} into {merged.reference}."
+                f"{merged.reference} has no config.json, but {reference} has: copy that and the "
+                f"tokenizer's files from {reference} into {merged.reference}."
             )
+        for name, shape in parent.shapes.items():
+            if merged.shapes.get(name, shape) != shape:
+                raise KarcherError(
+                    f"{name} is {list(shape)} in {reference}, but {list(merged.shapes[name])} in "
+                    f"{merged.reference}: give the models that were merged, as align wrote them."
+                )
 
 
 def _unit_axes(checkpoint: Checkpoint, assume_stack: bool) -> dict[str, int]:
