@@ -321,7 +321,7 @@ def test_wrong_usage(two_models, tmp_path):
     result = run_align(first, f"{second}+adapter", "--out", out)
     assert (result.exit_code, "merge the adapter" in result.stderr) == (1, True)
     missing = run_align(first, tmp_path / "nowhere.safetensors", "--out", out)
-    assert (missing.exit_code, "There is no file" in missing.stderr) == (1, True)
+    assert (missing.exit_code, "There is no model at" in missing.stderr) == (1, True)
     (first / "config.json").write_text('{"model_type": "mistral"}')
     assert "lack 'num_attention_heads'" in run_align(first, second, "--out", out).stderr
     for name in "st":
