@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +94,15 @@ def _of_safetensors(path: Path) -> dict[str, Header]:
 
 
 def _of_pickle(path: Path) -> dict[str, Header]:
-    content = torch.load(path, map_location="meta", weights_only=True)
+    """None where the file holds more than tensors: whoever reads it will say so."""
+    load = partial(torch.load, path, map_location="meta", weights_only=True)
+    try:
+        content = load(mmap=True)
+    except pickle.UnpicklingError:
+        return {}
+    except RuntimeError:
+        # Files of torch before 1.6 cannot be mapped.
+        content = load()
     tensors: Mapping[str, Any] = content.get("state_dict", content)
     return {
         name: Header(_WORDS.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
