@@ -14,10 +14,10 @@ from inputs import ambient_mean
 
 # What mergekit 0.1.5 cannot plan whole, with words of the reason.
 REFUSED = {
-    "deepseek_v3": "leaves 12 tensors out that every model has",
-    "vit": "leaves 32 tensors out that every model has",
-    "whisper": "leaves 52 tensors out that every model has",
-    "bert (masked language model)": "leaves 4 tensors out that every model has",
+    "deepseek_v3": "lacks 12 tensors that every model has",
+    "vit": "lacks 32 tensors that every model has",
+    "whisper": "what no model has (model.decoder",
+    "bert (masked language model)": "what no model has (bert.pooler.dense.weight, ",
     "clip": "get_input_embeddings",
     "bert": "can only concatenate",
 }

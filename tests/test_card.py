@@ -62,7 +62,7 @@ def test_the_card_tells_users_of_the_merge_and_shows_no_local_path(
     section, details = text.split("## About this merge")[1].split("## Merge Details")
     shown, folded = section.split("<details>\n<summary>Geometry of this merge</summary>")
     assert text.count("## About this merge") == 1
-    assert shown.strip().startswith("These three models are strangers to each other: their weights")
+    assert shown.strip().startswith("These three models are unrelated: their weights")
     for name in "abc":
         assert f"| {name} | 0.333 |\n" in shown
     said = (

@@ -25,6 +25,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from mergekit_karcher.host.quantised import dequantised
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
 MAKE = {
     "gpt2": lambda: GPT2LMHeadModel(
@@ -93,7 +95,7 @@ def mean_of(tensors, weights=None):
 
 def test_a_result_that_would_lack_tensors_stops(pair, merge, cli):
     paths = pair("vit")
-    words = ["leaves 32 tensors out that every model has", "81 %", "vit.encoder", "left_out: drop"]
+    words = ["lacks 32 tensors that every model has", "81 %", "vit.encoder", "left_out: drop"]
     assert_error(merge(config_for(paths)), *words)
     assert_error(cli("report", config=config_for(paths)), *words)
 
@@ -109,7 +111,7 @@ def test_other_methods_are_not_stopped_but_warned_of(pair, merge, cli, caplog):
     config = config_for(pair("vit"), [1, 1]) | {"merge_method": "linear", "parameters": {}}
     assert merge(config).weights
     assert cli("report", config=config).exit_code == 0
-    assert "leaves 32 tensors out" in caplog.text
+    assert "lacks 32 tensors" in caplog.text
 
 
 def test_layers_that_a_config_leaves_out_are_no_loss(three_models, merge):
@@ -127,6 +129,12 @@ def test_a_tensor_of_one_model_alone_is_no_loss(three_models, merge, tmp_path):
     index["weight_map"]["extra.weight"] = "extra.safetensors"
     (other / "model.safetensors.index.json").write_text(json.dumps(index))
     assert merge(config_for([str(other), three_models[1]])).weights
+
+
+def test_what_is_left_out_on_purpose_is_said_at_the_end(pair, merge):
+    config = config_for(pair("vit"))
+    config["parameters"]["left_out"] = "drop"
+    assert "\n  The result lacks 32 tensors that every model has" in merge(config).output
 
 
 # What is missing, or does not fit.
@@ -155,10 +163,30 @@ def test_a_tensor_that_one_model_lacks(three_models, merge, cli, tmp_path):
         assert_error(result, f"{other} has no {name}", "save it anew")
 
 
+def test_a_tensor_that_all_models_lack_and_need(three_models, merge, cli, tmp_path):
+    """Dropped without a word, it would be missing from the result."""
+    paths = []
+    for path in three_models[:2]:
+        paths.append(str(tmp_path / Path(path).name))
+        shutil.copytree(path, paths[-1])
+        without = {n: t for n, t in weights_of(path).items() if n != "model.norm.weight"}
+        for file in Path(paths[-1]).glob("*.safetensors*"):
+            file.unlink()
+        save_file(without, Path(paths[-1]) / "model.safetensors", metadata={"format": "pt"})
+    for result in (merge(config_for(paths)), cli("report", config=config_for(paths))):
+        assert_error(result, "what no model has (model.norm.weight)", "architectures")
+
+
+def test_files_of_another_architecture_than_their_config_says(pair, three_models, merge):
+    for path in (paths := pair("gpt2")):
+        shutil.copy(Path(three_models[0]) / "config.json", path)
+    assert_error(merge(config_for(paths)), "None of the", "check that architectures in its config")
+
+
 def test_layers_beyond_the_last(three_models, merge):
     sources = [{"model": model, "layer_range": [2, 4]} for model in three_models]
     config = {"merge_method": "karcher", "dtype": "float32", "slices": [{"sources": sources}]}
-    assert_error(merge(config), "which no model has", "check layer_range")
+    assert_error(merge(config), "what no model has", "check layer_range")
 
 
 def test_unequal_sizes_are_named(three_models, merge, cli, tmp_path):
@@ -186,7 +214,7 @@ def test_a_report_names_all_that_would_stop_the_merge(cli, tmp_path):
     assert result.exit_code == 1
     assert "2 things would stop this merge" in result.output
     assert "a is [3] in" in result.output
-    assert "num_batches_tracked holds whole numbers that differ" in result.output
+    assert "num_batches_tracked holds whole numbers, of which there is no mean" in result.output
     assert "mergekit-karcher align" in result.output
 
 
@@ -271,6 +299,24 @@ def test_float8_with_scales_is_read_as_its_weights(
     assert cli("report", config=config).exit_code == 0
 
 
+def test_scales_of_blocks_may_be_as_many_as_there_are_rows():
+    """A layer of DeepSeek-V3 has 7168 rows and 56 x 128 blocks, which is 7168."""
+    quantise = fp8_blocks(8, 8)
+    weight, scales = quantise("w", torch.randn(32, 64)).values()
+    assert scales.numel() == 32
+    whole = scales.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    assert torch.equal(dequantised(weight, scales, (8, 8)), weight.float() * whole)
+
+
+def test_a_parameter_that_is_called_like_a_scale_is_a_parameter(merge, cli, tmp_path):
+    paths = [str(tmp_path / f"{seed}.safetensors") for seed in (0, 1)]
+    for path in paths:
+        save_file({"norm.scales": torch.rand(3), "gate_blocks": torch.rand(3, 2)}, path)
+    merged = merge(config_for(paths), command="mergekit-pytorch").weights
+    assert merged.keys() == {"norm.scales", "gate_blocks"}
+    assert cli("report", config=config_for(paths)).exit_code == 0
+
+
 def test_float8_is_multiplied_by_its_scales_exactly(three_models, merge, tmp_path):
     """Of one model the mean is the model: q s, in one rounding."""
     path = quantised(
@@ -326,15 +372,24 @@ def wrong_blocks(name, tensor):
     return {name: tensor.to(torch.float8_e4m3fn), name + "_scale_inv": torch.ones(5, 7)}
 
 
-@pytest.mark.parametrize(
-    "quantise", [four_bits, int8_rows, bitsandbytes_int8, gptq, mxfp4, wrong_blocks]
-)
+QUANTISERS = {
+    four_bits: ("bitsandbytes", "save model.dequantize()"),
+    int8_rows: ("some-method", "merge the model that it was made from"),
+    bitsandbytes_int8: ("bitsandbytes", "save model.dequantize()"),
+    gptq: ("gptq", "merge the model that it was made from"),
+    mxfp4: ("mxfp4", "Mxfp4Config(dequantize=True)"),
+    wrong_blocks: ("fp8", "merge the model that it was made from"),
+}
+
+
+@pytest.mark.parametrize("quantise", QUANTISERS)
 @pytest.mark.parametrize("dtype", ["bfloat16", None])
 def test_other_quantisations_are_refused(three_models, merge, cli, tmp_path, quantise, dtype):
-    claims = {"quantization_config": {"quant_method": "some-method"}}
+    method, remedy = QUANTISERS[quantise]
+    claims = {"quantization_config": {"quant_method": method}}
     path = quantised(three_models[1], tmp_path / "q", quantise, **claims)
     config = config_for([three_models[0], path]) | {"dtype": dtype}
-    words = [f"{path} is quantised by some-method", "model.dequantize()"]
+    words = [f"{path} is quantised by {method}", remedy]
     assert_error(merge(config), *words)
     assert_error(cli("report", config=config), *words)
     assert_error(cli("align", path, three_models[0], "--out", tmp_path / "aligned"), *words)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 VERDICTS = {
     "equal": "These two models are the same",
     "close": "karcher gives practically the same as linear",
-    "strangers": "are strangers to each other: their weights are",
+    "unrelated": "are unrelated: their weights are",
     "noise": "no merge around the base can tell them from noise",
     "antipodal": "could not be proven unique: layer.weight",
 }
@@ -27,7 +27,7 @@ def test_verdicts(case, cli, tmp_path):
         tensors = [base, base]
     elif case == "close":
         tensors = [base + 1e-3 * n for n in noise]
-    elif case == "strangers":
+    elif case == "unrelated":
         tensors = noise
     elif case == "noise":
         tensors = [(base.bfloat16().float() + 1e-4 * n).bfloat16() for n in noise]
@@ -41,7 +41,7 @@ def test_verdicts(case, cli, tmp_path):
     config = config_for(models, out_dtype="bfloat16", **(around if case == "noise" else {}))
     report = report_of(cli("report", "--json", config=config))
     said = {other for other, words in VERDICTS.items() if words in report.verdict}
-    assert said == {case} | {"antipodal": {"strangers"}}.get(case, set())
+    assert said == {case} | {"antipodal": {"unrelated"}}.get(case, set())
 
 
 def test_the_length_that_averaging_loses_is_what_the_verdict_says(cli, tmp_path):
@@ -138,7 +138,7 @@ def test_a_difference_counts_by_the_size_of_its_tensor(cli, tmp_path):
     del config["dtype"]
     verdict = report_of(cli("report", "--json", config=config)).verdict
     assert verdict.startswith(
-        "For these two models, karcher gives practically the same as linear but in layer.bias, "
+        "For these two models, karcher gives practically the same as linear except in layer.bias, "
         "with 0.0033 % of the parameters. They are "
     )
     assert " degrees apart on average, 90 at most (in layer.bias)" in verdict

@@ -38,7 +38,6 @@ _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _SAFETENSORS = ".safetensors"
 _CONFIG = "config.json"
 ONE_FILE = "model.safetensors"
-# What may be the name of a model on the Hub, with its revision.
 
 
 class Checkpoint:

@@ -20,8 +20,8 @@ from mergekit_karcher.align.checkpoint import Checkpoint
 from mergekit_karcher.align.run import Aligned, Choices, align
 from mergekit_karcher.align.symmetry import Symmetry
 from mergekit_karcher.cli.main import examples, logged
-from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.host.documents import named_in, read_config
+from mergekit_karcher.host.places import check_places
 from mergekit_karcher.report.names import is_local, short_names
 
 # Seconds in which no progress is shown: errors before the work begins need none.
@@ -100,7 +100,7 @@ def main(
     document = None if config is None else read_config(config)
     references = list(models) if document is None else [*dict.fromkeys(named_in(document))]
     if config is not None:
-        _check_folder(references, config.parent)
+        check_places(references, folder=config.parent, cache=transformers_cache)
     if len(references) < 2:
         raise click.UsageError("Give at least two models.")
     places = {os.path.realpath(os.path.expanduser(r)) for r in references}
@@ -125,16 +125,6 @@ def main(
         text = _next_step(aligned, out)
     if not quiet:
         click.echo(text)
-
-
-def _check_folder(references: Sequence[str], folder: Path) -> None:
-    """Raise `KarcherError` where a path leads from the config's folder, but not from this one."""
-    for reference in references:
-        if not os.path.exists(reference) and (folder / reference).exists():
-            raise KarcherError(
-                f"{reference} is not in {Path.cwd()}, where mergekit looks for it, but beside the "
-                f"config: run the command in {folder.resolve()}, or write the whole path."
-            )
 
 
 def _chosen_reference(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
@@ -47,6 +48,7 @@ _REQUIRED = {
         "ReturnTensor.tensor_task",
         "FinalizeModel.tensor_save_tasks",
     ],
+    "mergekit.architecture.conversion": ["convert_checkpoint_tensors"],
     "mergekit.config": ["MergeConfiguration.model_validate", "ConditionalParameter.filter"],
     "mergekit.plan": ["MergePlanner.plan_to_disk", "MergePlanner.plan_in_memory"],
     "mergekit.scripts.merge_raw_pytorch": [
@@ -138,9 +140,41 @@ def resolved_name(load: Any, loader: Any) -> str | None:
     return name
 
 
-def conversions(model_type: str | None) -> list[Any]:
+def _conversions(model_type: str | None) -> list[Any]:
     """What transformers does with a family's checkpoints to get the tensors of its networks."""
     mapping: Any = importlib.import_module("transformers.conversion_mapping")
     if model_type is None:
         return []
     return mapping.get_checkpoint_conversion_mapping(model_type) or []
+
+
+def conversion_sources(model_type: str | None, names: Iterable[str]) -> dict[str, list[str]]:
+    """What transformers makes of the tensors of a checkpoint: for each the names of its sources.
+
+    Arguments:
+        model_type: What transformers calls the family; None for a raw checkpoint.
+        names: The tensors of the checkpoint.
+
+    Returns:
+        The sources of each tensor that is renamed or put together from others.
+    """
+    transforms = _conversions(model_type)
+    targets: dict[str, list[str]] = defaultdict(list)
+    for name in names if transforms else ():
+        reached = {name}
+        for transform in transforms:
+            for key in tuple(reached):
+                renamed, pattern = transform.rename_source_key(key)
+                if pattern is not None:
+                    reached |= _expanded(renamed, transform.target_patterns)
+        for target in reached - {name}:
+            targets[target].append(name)
+    return targets
+
+
+def _expanded(renamed: str, patterns: Sequence[str]) -> set[str]:
+    """The tensors that one is split into, which transformers gives by the name of the first."""
+    if not patterns or patterns[0] not in renamed:
+        return {renamed}
+    before, _, after = renamed.partition(patterns[0])
+    return {before + pattern + after for pattern in patterns}

@@ -120,11 +120,13 @@ def model_type_of(load: Any) -> str | None:
     """What the model of a load task is called in transformers; None for a raw checkpoint."""
     if _is_raw(load):
         return None
-    from mergekit.io.tasks import LoaderCache
-
-    config = load.model.config(trust_remote_code=LoaderCache().trust_remote_code)
-    model_type: str = config.model_type
+    model_type: str = _config_of(load).model_type
     return model_type
+
+
+def ties_head(load: Any) -> bool:
+    """Whether the model of a load task has one tensor for embedding and head, by its config."""
+    return not _is_raw(load) and bool(getattr(_config_of(load), "tie_word_embeddings", False))
 
 
 def is_buffer(load: Any) -> bool:
@@ -137,6 +139,12 @@ def only_tied(merge: Any) -> bool:
     """Whether every model has this tensor only as another one that it is tied to."""
     tied = [(load, getattr(load, "tied_names", None) or ()) for _, load in loads_of(merge)]
     return all(names and _name_in_checkpoint(load) in names for load, names in tied)
+
+
+def _config_of(load: Any) -> Any:
+    from mergekit.io.tasks import LoaderCache
+
+    return load.model.config(trust_remote_code=LoaderCache().trust_remote_code)
 
 
 def _innermost_gather(merge: Any) -> Any:

@@ -20,7 +20,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 # Tensors that a network computes anew, whatever a checkpoint says of them.
 _CONSTANT = re.compile(
     r"(^|[._])(masked_bias|(original_)?inv_freq|position_ids|token_type_ids|num_batches_tracked"
-    r"|relative_position_index|(causal_|attention_|attn_)?mask|causal_bias)$"
+    r"|relative_position_index|(causal_|attention_|attn_)?mask|causal_bias|cos_cached|sin_cached"
+    r"|freqs_cis|rope\.freqs|scale_attn|embed_positions\.weights)$"
 )
 _CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 
@@ -63,6 +64,11 @@ def is_constant(name: str, shape: Iterable[int]) -> bool:
     if _CAUSAL_MASK.search(name):
         return len(shape) == 4 and shape[:2] == (1, 1)
     return _CONSTANT.search(name) is not None
+
+
+def may_be_constant(name: str) -> bool:
+    """Whether a tensor of which nothing but the name is known may be such a buffer."""
+    return bool(_CONSTANT.search(name) or _CAUSAL_MASK.search(name))
 
 
 def is_parameter_by_name(name: str) -> bool:

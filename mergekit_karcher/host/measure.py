@@ -32,6 +32,8 @@ _OURS = (*NAMES, FISHER)
 
 _LOG = logging.getLogger(__name__)
 
+_REASONS_SHOWN = 5
+
 # What karcher reads of the config of another method.
 _SHARED_WITH_OTHERS = ("weight",)
 
@@ -57,6 +59,7 @@ def report_on(path: Path, options: Any) -> Report:
     from mergekit_karcher.host.plan import OurTasks, checked_run
     from mergekit_karcher.host.preflight import (
         Checkpoints,
+        drops,
         left_out,
         missing_in_some,
         problems,
@@ -73,10 +76,10 @@ def report_on(path: Path, options: Any) -> Report:
     if not merges:
         raise KarcherError(f"There is nothing to report on in {path}: it merges no tensor.")
     _stop_for([*problems(merges, checkpoints, sliced=sliced)])
-    for sentence in (
-        *left_out(merges, checkpoints, sliced=sliced),
-        *missing_in_some(merges, checkpoints),
-    ):
+    if drops(merges):
+        for words in left_out(merges, checkpoints, sliced=sliced):
+            _LOG.warning("%s.", words)
+    for sentence in missing_in_some(merges, checkpoints):
         _LOG.warning(sentence)
     method = FISHER if asked_for == FISHER else KARCHER
     run = checked_run(merges, config, path.name, method, watched=True)
@@ -96,10 +99,14 @@ def report_on(path: Path, options: Any) -> Report:
 
 def _stop_for(reasons: Sequence[str]) -> None:
     """Raise `KarcherError` with all that would stop a merge."""
+    if len(reasons) == 1:
+        raise KarcherError(reasons[0])
     if reasons:
-        listed = "\n".join(f"- {reason}" for reason in reasons) if len(reasons) > 1 else reasons[0]
-        several = f"{len(reasons)} things would stop this merge:\n" if len(reasons) > 1 else ""
-        raise KarcherError(several + listed)
+        shown = [f"- {reason}" for reason in reasons[:_REASONS_SHOWN]]
+        if len(reasons) > len(shown):
+            shown.append(f"- and {len(reasons) - len(shown)} more of these kinds")
+        listed = "\n".join(shown)
+        raise KarcherError(f"{len(reasons)} things would stop this merge:\n{listed}")
 
 
 def _check_method(name: str) -> None:

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.architecture.conversion import (
-    can_convert_checkpoint_keys,
-    convert_checkpoint_tensors,
-)
+from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.graph import Task
 
 from mergekit_karcher.errors import KarcherError, first_line
+from mergekit_karcher.host import compat
 from mergekit_karcher.host.checkpoints import open_checkpoint
 from mergekit_karcher.host.documents import IDENTITY
 from mergekit_karcher.host.graph import (
@@ -46,8 +44,11 @@ class MetricFile:
 
     def __init__(self, reference: str, model: str, cache: str | None) -> None:
         self.reference = reference
+        self._targets: dict[str | None, dict[str, list[str]]] = {}
         try:
             self.loader = open_checkpoint(reference, cache).loader
+        except KarcherError:
+            raise
         except Exception as error:
             raise KarcherError(
                 f"The metric {reference} of {model} cannot be opened ({first_line(error)}): "
@@ -59,6 +60,12 @@ class MetricFile:
         """The tensors that it has, with the file of each."""
         paths: Mapping[str, str] = self.loader.index.tensor_paths
         return paths
+
+    def targets(self, model_type: str | None) -> dict[str, list[str]]:
+        """What a family puts together from the tensors of the metric: for each its parts."""
+        if model_type not in self._targets:
+            self._targets[model_type] = compat.conversion_sources(model_type, self.names)
+        return self._targets[model_type]
 
 
 class LoadMetric(Task[torch.Tensor]):  # type: ignore[misc]
@@ -86,7 +93,8 @@ class LoadMetric(Task[torch.Tensor]):  # type: ignore[misc]
         if self.model_type is None:
             tensor: torch.Tensor = get(self.tensor)
             return tensor
-        parts = {name: partial(get, name) for name in self.file.names}
+        sources = self.file.targets(self.model_type)[self.tensor]
+        parts = {name: partial(get, name) for name in sources}
         whole: torch.Tensor | None = convert_checkpoint_tensors(self.model_type, parts, self.tensor)
         if whole is None:
             raise KarcherError(
@@ -156,8 +164,8 @@ class MetricFiles:
         if whole is not None:
             return LoadMetric(file=file, tensor=whole, model_type=None, label=label)
         model_type = model_type_of(load)
-        parts = set(file.names)
-        in_parts = (n for n in names if can_convert_checkpoint_keys(model_type, parts, n))
+        targets = file.targets(model_type)
+        in_parts = (n for n in names if n in targets)
         stacked = next(in_parts, None)
         if stacked is not None:
             return LoadMetric(file=file, tensor=stacked, model_type=model_type, label=label)

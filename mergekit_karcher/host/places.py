@@ -29,7 +29,7 @@ def check_places(
     that names them. cache: where models from the Hub are kept.
     """
     for reference in references:
-        for part in reference.split("+"):
+        for part in () if os.path.exists(reference) else reference.split("+"):
             path, _, revision = part.partition("@")
             if os.path.exists(path):
                 continue
@@ -57,7 +57,9 @@ def _check_hub(name: str, revision: str | None, cache: str | None) -> None:
     try:
         stored = repo_folder_name(repo_id=name, repo_type="model")
         if not any(Path(root, stored).is_dir() for root in (cache, HF_HUB_CACHE) if root):
-            huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_SECONDS)
+            api = huggingface_hub.HfApi()
+            if api.model_info(name, revision=revision, timeout=_SECONDS).gated:
+                api.auth_check(name)
     except errors.HFValidationError:
         raise KarcherError(f"{nowhere}it is no name that the Hub could have.") from None
     except errors.GatedRepoError:

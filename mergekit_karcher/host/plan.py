@@ -5,6 +5,7 @@ Imported once mergekit's own classes are there.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,7 +38,7 @@ from mergekit_karcher.host.graph import (
     with_merges_replaced,
 )
 from mergekit_karcher.host.metric_loads import MetricFiles, warn_of_mixed_metrics
-from mergekit_karcher.host.preflight import Checkpoints, problems
+from mergekit_karcher.host.preflight import Checkpoints, drops, left_out, problems
 from mergekit_karcher.host.quantised import dequantising, without_quantisation
 from mergekit_karcher.host.report_context import planned_of, settings_in_effect
 from mergekit_karcher.host.run import FISHER, KARCHER, MergeRun, announce
@@ -92,7 +93,8 @@ def patch_flat_planner(module: Any) -> None:
                 _warn_of_no_report(config.merge_method)
                 return plan(config, out_path, *arguments, **options)
             check_settings(config, module.merge_methods.get(config.merge_method).spec)
-            merge_options = (*arguments, *options.values())[-1]
+            bound = inspect.signature(plan).bind(config, out_path, *arguments, **options)
+            merge_options = bound.arguments["options"]
             dequantise_raw(module.SimpleLoaderCache(), config, merge_options)
             with planning():
                 tasks = plan(config, out_path, *arguments, **options)
@@ -136,6 +138,8 @@ def rewrite_plan(
     for problem in problems(merges, checkpoints, sliced=sliced):
         raise KarcherError(problem)
     run = checked_run(merges, config, title, method, watched=folder is not None)
+    if drops(merges):
+        run.left_out = [*left_out(merges, checkpoints, sliced=sliced)]
     announce(run)
     if method == KARCHER:
         warn_of_a_base_that_takes_part(merges)

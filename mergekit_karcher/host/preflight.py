@@ -15,8 +15,16 @@ from mergekit_karcher.host.graph import (
     model_type_of,
     names_of,
     only_tied,
+    ties_head,
 )
-from mergekit_karcher.host.headers import FLOATS, Header, headers_of, identical, is_constant
+from mergekit_karcher.host.headers import (
+    FLOATS,
+    Header,
+    headers_of,
+    identical,
+    is_constant,
+    may_be_constant,
+)
 from mergekit_karcher.host.rows import RowLayout, row_layout
 
 _NAMES_SHOWN = 3
@@ -46,7 +54,7 @@ class Checkpoints:
         if direct is not None:
             return [direct]
         if id(loader) not in self._targets:
-            self._targets[id(loader)] = _targets(self.model_type(load), paths)
+            self._targets[id(loader)] = compat.conversion_sources(self.model_type(load), paths)
         targets = self._targets[id(loader)]
         return next((targets[name] for name in names_of(load) if name in targets), [])
 
@@ -84,9 +92,9 @@ class Checkpoints:
         return row_layout(self.model_type(load), name, axes)
 
     def present(self, merges: Iterable[Any]) -> list[Any]:
-        """The merge tasks, but for tensors that exist in none of the models, in no layer.
+        """The merge tasks, but for those whose tensor no model has or needs, in any layer.
 
-        mergekit asks for some that the transformers of today no longer saves, such as masks.
+        mergekit asks for masks and the like that the transformers of today no longer saves.
         """
         return [merge for merge in merges if not self._is_unknown(merge)]
 
@@ -97,7 +105,7 @@ class Checkpoints:
         """
         counted: dict[Any, Any] = {}
         for merge in merges:
-            read = tuple(tuple(self.sources(load)) for _, load in loads_of(merge))
+            read = tuple((str(model), *self.sources(load)) for model, load in loads_of(merge))
             if not only_tied(merge):
                 counted.setdefault(read, merge)
         return list(counted.values())
@@ -106,8 +114,13 @@ class Checkpoints:
         loads = [load for _, load in loads_of(merge)]
         if any(self.sources(load) for load in loads):
             return False
+        names = [name for load in loads for name in names_of(load)]
+        is_tied = merge.output_weight.vocabulary_axis is not None and ties_head(loads[0])
+        needed = not all(load.optional for load in loads) and not is_tied
+        if needed and not any(map(may_be_constant, names)):
+            return False
         kinds = {_LAYER.sub(".#", name) for load in loads for name in self.headers(load)}
-        return not any(_LAYER.sub(".#", name) in kinds for load in loads for name in names_of(load))
+        return not any(_LAYER.sub(".#", name) in kinds for name in names)
 
     def _of_inputs(self, merge: Any) -> list[Header]:
         headers = (self.header(load) for _, load in loads_of(merge))
@@ -119,32 +132,67 @@ def problems(merges: Sequence[Any], checkpoints: Checkpoints, *, sliced: bool) -
 
     sliced: whether the config names layers itself, so that others are left out on purpose.
     """
+    yield from _nowhere(merges, checkpoints)
     for merge in merges:
         yield from _missing(merge, checkpoints)
         yield from _unequal_shapes(merge, checkpoints)
         if checkpoints.is_whole_numbers(merge):
             yield from _unequal_numbers(merge)
-    if not any(merge.parameters["left_out"] == "drop" for merge in merges):
-        yield from left_out(merges, checkpoints, sliced=sliced)
+    if not drops(merges):
+        for words in left_out(merges, checkpoints, sliced=sliced):
+            yield (
+                f"{words}: mergekit-pytorch would merge all tensors of models that are one file "
+                "each (save them with a max_shard_size that is large enough), and left_out: drop "
+                "under parameters does without these."
+            )
+
+
+def drops(merges: Iterable[Any]) -> bool:
+    """Whether the result of merge tasks may lack what mergekit has not planned."""
+    return any(merge.parameters["left_out"] == "drop" for merge in merges)
+
+
+def _nowhere(merges: Sequence[Any], checkpoints: Checkpoints) -> Iterator[str]:
+    """Tensors that mergekit needs and no model has, as at most one sentence."""
+    names = [
+        str(merge.output_weight.name)
+        for merge in merges
+        if not any(checkpoints.sources(load) for _, load in loads_of(merge))
+        and not all(load.optional for _, load in loads_of(merge))
+    ]
+    if not names:
+        return
+    model = str(next(model for model, _ in loads_of(merges[0])))
+    if len(names) == len(merges):
+        yield (
+            f"None of the {len(names)} tensors that mergekit expects ({_shown(names)}) is in the "
+            f"files of {model}: check that architectures in its config.json is what they hold."
+        )
+        return
+    yield (
+        f"mergekit wants to merge what no model has ({_shown(names)}): check layer_range, and "
+        "whether architectures in their config.json is that of these files."
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    """The first of some names, with a count where there are more."""
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return shown if more <= 0 else f"{shown} and {more} more"
 
 
 def _missing(merge: Any, checkpoints: Checkpoints) -> Iterator[str]:
     """A tensor that mergekit needs of a model that does not have it."""
     loads = list(loads_of(merge))
     lacking = [str(model) for model, load in loads if not checkpoints.sources(load)]
-    if not lacking or all(getattr(load, "optional", True) for _, load in loads):
-        return
-    name = merge.output_weight.name
-    if len(lacking) == len(loads):
+    needed = not all(getattr(load, "optional", True) for _, load in loads)
+    if needed and 0 < len(lacking) < len(loads):
         yield (
-            f"mergekit wants to merge {name}, which no model has: check layer_range, and whether "
-            "architectures in their config.json is that of these files."
+            f"{lacking[0]} has no {merge.output_weight.name}, which other models have and mergekit "
+            "needs of every one: load that model with transformers and save it anew, or do without "
+            "it."
         )
-        return
-    yield (
-        f"{lacking[0]} has no {name}, which other models have and mergekit needs of every one: "
-        "load that model with transformers and save it anew, or leave it out."
-    )
 
 
 def missing_in_some(merges: Sequence[Any], checkpoints: Checkpoints) -> Iterator[str]:
@@ -190,14 +238,14 @@ def _unequal_numbers(merge: Any) -> Iterator[str]:
     if values and not identical(tensor for _, tensor in values):
         first, other = values[0], next(v for v in values if not identical([v[1], values[0][1]]))
         yield (
-            f"{merge.output_weight.name} holds whole numbers that differ in {first[0]} and "
-            f"{other[0]}, of which there is no mean: mergekit-karcher align gives all models the "
-            "same, or remove it from their files."
+            f"{merge.output_weight.name} holds whole numbers, of which there is no mean, and they "
+            f"differ in {first[0]} and {other[0]}: remove it from their files, or have "
+            "mergekit-karcher align give both the same."
         )
 
 
 def left_out(merges: Sequence[Any], checkpoints: Checkpoints, *, sliced: bool) -> Iterator[str]:
-    """Tensors of every model that mergekit has not planned, as at most one sentence."""
+    """Tensors of every model that mergekit has not planned, as at most one statement."""
     read: dict[str, set[str]] = defaultdict(set)
     headers: dict[str, Mapping[str, Header]] = {}
     for merge in merges:
@@ -216,35 +264,7 @@ def left_out(merges: Sequence[Any], checkpoints: Checkpoints, *, sliced: bool) -
         return
     first = next(iter(headers.values()))
     share = sum(first[n].size for n in names) / max(1, sum(h.size for h in first.values()))
-    shown = sorted(names)[:_NAMES_SHOWN]
-    more = ", ..." if len(names) > len(shown) else ""
     yield (
-        f"mergekit leaves {len(names)} tensors out that every model has, {100 * share:.2g} % of "
-        f"the parameters ({', '.join(shown)}{more}), so the result would lack them: give "
-        "mergekit-pytorch the files of the models, which merges all their tensors, or set "
-        "left_out: drop under parameters to do without these."
+        f"The result lacks {len(names)} tensors that every model has and mergekit does not plan, "
+        f"{100 * share:.2g} % of the parameters ({_shown(sorted(names))})"
     )
-
-
-def _targets(model_type: str | None, names: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What transformers makes of the tensors of a checkpoint: for each its sources."""
-    transforms = compat.conversions(model_type)
-    targets: dict[str, list[str]] = defaultdict(list)
-    for name in names if transforms else ():
-        reached = {name}
-        for transform in transforms:
-            for key in tuple(reached):
-                renamed, pattern = transform.rename_source_key(key)
-                if pattern is not None:
-                    reached |= _expanded(renamed, transform.target_patterns)
-        for target in reached - {name}:
-            targets[target].append(name)
-    return targets
-
-
-def _expanded(renamed: str, patterns: Sequence[str]) -> set[str]:
-    """The tensors that one is split into, which transformers gives by the name of the first."""
-    if not patterns or patterns[0] not in renamed:
-        return {renamed}
-    before, _, after = renamed.partition(patterns[0])
-    return {before + pattern + after for pattern in patterns}

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.host.headers import Header, headers_of
+from mergekit_karcher.host.headers import FLOATS, Header, headers_of
 
 # What quantisers put beside a weight; the first group's weights may be multiplied by it.
 _SCALES = ("_scale_inv", "_scale")
 _COMPANION = re.compile(
-    r"(\.(SCB|absmax|nested_absmax|quant_map|qweight|qzeros|g_idx|weight_packed|weight_shape)"
-    r"|quant_state\.\w+|_zero_point|_blocks|_scales|\.scales|_scale_2)$"
+    r"(\.(SCB|absmax|nested_absmax|quant_map|qweight|qzeros|g_idx|weight_packed|weight_shape|W_q"
+    r"|_data)|quant_state\.\w+)$"
 )
+# Those whose names a network's parameters may have as well, which are of floating-point numbers.
+_COMPANION_OR_PARAMETER = re.compile(r"(_zero_point|_blocks|[._]scales|_scale_2)$")
+# Scales of activations and of the attention's cache, which a merge has no use for.
+_OF_ACTIVATIONS = re.compile(r"[._](input|activation|output|q|k|v)_scale$")
+
+# How to get plain weights, by what transformers calls the quantiser.
+_REMEDIES = {
+    "bitsandbytes": "load it with transformers, save model.dequantize() and merge that",
+    "mxfp4": "load it with quantization_config=Mxfp4Config(dequantize=True), save and merge that",
+    "compressed-tensors": "load it with quantization_config=CompressedTensorsConfig("
+    "run_compressed=False), save and merge that",
+}
 _BLOCK = 128
 
 
@@ -40,7 +52,7 @@ class DequantisingLoader:
         self._loader, self._block = loader, block
         paths = loader.index.tensor_paths
         self._scale_of = dict(_scaled(headers_of(loader.index)))
-        hidden = {*self._scale_of.values(), *_input_scales(paths)}
+        hidden = {*self._scale_of.values(), *filter(_OF_ACTIVATIONS.search, paths)}
         self.index = type(loader.index)(
             base_path=loader.index.base_path,
             is_safetensors=loader.index.is_safetensors,
@@ -77,7 +89,7 @@ def dequantised(
     result = tensor.to(torch.float32)
     if scales.numel() == 1:
         return result.mul_(scales.reshape(()))
-    if scales.numel() == tensor.shape[0]:
+    if _are_of_rows(scales.shape, tensor.shape):
         return result.mul_(scales.reshape(-1, *[1] * (tensor.ndim - 1)))
     rows, columns = block
     for index, row in enumerate(scales):
@@ -105,11 +117,11 @@ def dequantising(loader: Any, model: str) -> Any:
     for name, header in headers.items():
         fits = name not in scaled or _fits(header, headers[scaled[name]], block)
         if _is_packed(name, headers, scaled) or not fits:
-            how = settings.get("quant_method")
+            how = settings.get("quant_method", "")
+            remedy = _REMEDIES.get(how, "merge the model that it was made from")
             raise KarcherError(
                 f"{model} is quantised{f' by {how}' if how else ''}, as {name} shows, and its "
-                "numbers are not its weights: load it with transformers, save model.dequantize() "
-                "and merge that, or merge the models that it was made from."
+                f"numbers are not its weights: {remedy}."
             )
     return DequantisingLoader(loader, block) if scaled else loader
 
@@ -136,7 +148,7 @@ def _scaled(headers: Mapping[str, Header]) -> Iterator[tuple[str, str]]:
 
 def _fits(weight: Header, scale: Header, block: tuple[int, ...]) -> bool:
     """Whether scales are one for the tensor, one for a row or one for a block."""
-    if scale.size in (1, weight.shape[0]):
+    if scale.size == 1 or _are_of_rows(scale.shape, weight.shape):
         return True
     if len(weight.shape) != 2 or len(block) != 2:
         return False
@@ -145,16 +157,19 @@ def _fits(weight: Header, scale: Header, block: tuple[int, ...]) -> bool:
     )
 
 
-def _input_scales(names: Mapping[str, Any]) -> Iterator[str]:
-    """Scales of activations, which a merge has no use for."""
-    return (name for name in names if name.endswith((".input_scale", ".activation_scale")))
+def _are_of_rows(scales: Sequence[int], weight: Sequence[int]) -> bool:
+    """Whether scales of that shape are one for each row; as many may also be those of blocks."""
+    return tuple(scales) in ((weight[0],), (weight[0], *[1] * (len(weight) - 1)))
 
 
 def _is_packed(name: str, headers: Mapping[str, Header], scaled: Mapping[str, str]) -> bool:
     """Whether a tensor is part of a quantisation that is not float8 with scales."""
+    dtype = headers[name].dtype
     if _COMPANION.search(name):
         return True
-    integers = headers[name].dtype in ("I8", "U8", "I32") and len(headers[name].shape) > 1
+    if _COMPANION_OR_PARAMETER.search(name) and dtype not in FLOATS:
+        return True
+    integers = dtype in ("I8", "U8", "I32") and len(headers[name].shape) > 1
     return integers and any(name + suffix in headers for suffix in _SCALES)
 
 

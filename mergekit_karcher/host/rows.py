@@ -8,13 +8,14 @@ import re
 import torch
 
 # Families whose linear layers are stored as (in, out): transformers' Conv1D.
-_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"}
-_CONV1D_NAME = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
+_CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder", "jais"}
+_CONV1D_NAME = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc2?)\.weight$")
 
 # Families whose fused experts are stored as (expert, in, out); those of all others as (expert, out,
-# in), which is what transformers' experts have unless they say `is_transposed`.
-_TRANSPOSED_EXPERTS = {"aria", "aria_text", "gpt_oss", "llama4", "llama4_text"}
-_EXPERTS_NAME = re.compile(r"(^|\.)experts\.\w+$")
+# in), which is what transformers' experts have unless they say `is_transposed`, or are transposed
+# when a checkpoint is read.
+_TRANSPOSED_EXPERTS = {"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe"}
+_EXPERTS_NAME = re.compile(r"(^|\.)(experts\.\w+|block_sparse_moe\.(input|output)_linear\.weight)$")
 
 
 class RowLayout(enum.Enum):

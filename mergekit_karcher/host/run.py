@@ -36,7 +36,8 @@ class MergeRun:
         names: For each output tensor that is to be merged, what each model that takes part calls
             it, by model.
 
-    settings: Lines of the summary that say which weights and settings are in effect.
+    settings, left_out: Lines of the summary that say which weights and settings are in effect, and
+    what the result lacks.
     observations, means, shares: What a report needs, by output tensor; means and shares are over
     the inputs that have a weight.
     """
@@ -56,6 +57,7 @@ class MergeRun:
         self._names = names or {}
         self._lock = threading.Lock()
         self.settings: Sequence[str] = ()
+        self.left_out: Sequence[str] = ()
         self._merged = 0
         self._apart = {"models": Apart(), "changes from the base": Apart()}
         # For each thing to look at: of the tensor of a name, how many vectors out of how many.
@@ -160,7 +162,7 @@ class MergeRun:
             apart = [f"{what} {words}" for what, a in self._apart.items() if (words := a.words)]
             counts = [f"{_count(flagged)} {what}" for what, flagged in self._flagged.items()]
             yield f"{', '.join([merged, *apart, *counts])}."
-        yield from (f"  {line}" for line in self.settings)
+        yield from (f"  {line}" for line in (*self.settings, *self.left_out))
         if self._zero_metrics:
             names = _listed(self._zero_metrics)
             yield f"  metrics zero in every model, merged as without any: {names}"

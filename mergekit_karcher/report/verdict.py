@@ -13,7 +13,7 @@ _SOME_NOISE = 0.3
 
 # From here on (radians) models have nothing in common: fine-tunes of one base are a few degrees
 # apart.
-_STRANGERS = math.radians(60)
+_UNRELATED = math.radians(60)
 
 # Up to here (radians) fine-tunes of one base are as close as most are.
 _CLOSE = math.radians(5)
@@ -75,11 +75,11 @@ def relation(report: Report) -> str:
 
 def _kin(report: Report, angle: float) -> str:
     """What models that are that far apart are to each other."""
-    if angle > _STRANGERS:
-        return f"{_these(report)} are strangers to each other"
+    if angle > _UNRELATED:
+        return f"{_these(report)} are unrelated"
     if angle > _CLOSE:
         return f"{_these(report)} are related, but far apart"
-    return f"{_these(report)} are close relatives"
+    return f"{_these(report)} are closely related"
 
 
 def _these(report: Report) -> str:
@@ -115,7 +115,7 @@ def _models(report: Report) -> str:
         return f"{relation(report)} {_counts(report)}"
     kept = report.overall.linear_length_average or 0.0
     loses = f"plain averaging loses {_percent(1 - kept)} of their length"
-    if models.average > _STRANGERS:
+    if models.average > _UNRELATED:
         unique = all(tensor.unique for tensor in report.tensors)
         return (
             f"{_kin(report, models.average)}: their weights are {far}. Plain averaging keeps "
@@ -138,7 +138,7 @@ def _difference(report: Report) -> str:
     if share < _FEW:
         several = f"{len(different)} tensors (most in {worst})"
         return (
-            "karcher gives practically the same as linear but in "
+            "karcher gives practically the same as linear except in "
             f"{worst if len(different) == 1 else several}, with {_percent(share)} of the parameters"
         )
     where = "" if share == 1 else f" in {_percent(share)} of the parameters (most in {worst})"
@@ -169,11 +169,13 @@ def _counts(report: Report) -> str:
         for kind in report.kinds
         for place, share in enumerate(kind.shares or [])
     )
+    counts = ", ".join(
+        [f"{first} counts for {_percent(shares[first])}"]
+        + [f"{name} for {_percent(shares[name])}" for name in others]
+    )
     return (
-        f"In the fisher mean {first} counts for {_percent(shares[first])}, "
-        f"{', '.join(f'{name} for {_percent(shares[name])}' for name in others)} on average over "
-        f"all parameters; {kind} is the most one-sided, where {report.models[place].name} counts "
-        f"for {_percent(share)}."
+        f"In the fisher mean {counts}, on average over all parameters; {kind} is the most "
+        f"one-sided, where {report.models[place].name} counts for {_percent(share)}."
     )
 
 
