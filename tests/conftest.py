@@ -176,3 +176,13 @@ def classifier(tmp_path, text_model):
     network.config.label2id = {"no": 0, "maybe": 1, "yes": 2}
     network.save_pretrained(folder)
     return "classifier"
+
+
+def assert_error(result, *words):
+    """Whether a command ended in one error with those words, and left nothing that loads."""
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    assert not hasattr(result, "out") or not (result.out / "model.safetensors").exists()
+    (error,) = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+    for word in words:
+        assert word in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 
 def cap(rng, count, size, radius, spread=1.0):
@@ -75,3 +76,10 @@ def _tangent(rng, centre):
 
 def _unit(vector):
     return np.asarray(vector) / np.linalg.norm(vector)
+
+
+def mean_of(tensors, weights=None):
+    """The Karcher mean of whole tensors, by the slow reference."""
+    flat = [tensor.double().numpy().ravel() for tensor in tensors]
+    mean = ambient_mean(flat, weights or [1] * len(flat))
+    return torch.as_tensor(mean).reshape(tensors[0].shape)

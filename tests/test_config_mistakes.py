@@ -94,7 +94,8 @@ def test_a_key_that_nothing_reads_is_an_error(config, words, method):
 
 
 def test_mergekits_own_methods_keep_their_own_ways():
-    MergeConfiguration.model_validate(beside(weight=0.9) | {"merge_method": "linear"})
+    config = MergeConfiguration.model_validate(beside(weight=0.9) | {"merge_method": "linear"})
+    assert config.merge_method == "linear"
 
 
 def test_every_key_that_mergekit_reads_passes():

@@ -47,8 +47,6 @@ class MetricFile:
         self._targets: dict[str | None, dict[str, list[str]]] = {}
         try:
             self.loader = open_checkpoint(reference, cache).loader
-        except KarcherError:
-            raise
         except Exception as error:
             raise KarcherError(
                 f"The metric {reference} of {model} cannot be opened ({first_line(error)}): "

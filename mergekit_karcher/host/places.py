@@ -33,7 +33,8 @@ def check_places(
             path, _, revision = part.partition("@")
             if os.path.exists(path):
                 continue
-            if is_local(path) or path.endswith(RAW_SUFFIXES):
+            beside = folder is not None and (folder / path).exists()
+            if is_local(path) or beside or path.endswith(RAW_SUFFIXES):
                 _refuse_path(path, folder)
             _check_hub(path, revision or None, cache)
 
