@@ -100,8 +100,8 @@ def main(
     document = None if config is None else read_config(config)
     references = list(models) if document is None else [*dict.fromkeys(named_in(document))]
     if config is not None:
-        places = [os.path.expanduser(reference) for reference in references]
-        check_places(places, folder=config.parent, cache=transformers_cache)
+        expanded = map(os.path.expanduser, references)
+        check_places(expanded, folder=config.parent, cache=transformers_cache)
     if len(references) < 2:
         raise click.UsageError("Give at least two models.")
     places = {os.path.realpath(os.path.expanduser(r)) for r in references}
