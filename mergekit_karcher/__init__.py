@@ -9,6 +9,7 @@ import typing
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "InputGram": "mergekit_karcher.means.input_gram",
     "KarcherError": "mergekit_karcher.errors",
     "KarcherMean": "mergekit_karcher.means.result",
     "Status": "mergekit_karcher.sphere.results",

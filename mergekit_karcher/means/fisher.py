@@ -1,46 +1,65 @@
-"""`fisher_mean`: the precision-weighted mean, each input in its own diagonal metric."""
+"""`fisher_mean`: the mean of inputs that each have a metric of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 
+from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels.precision import precision_mean
 from mergekit_karcher.kernels.shares import precision_shares
 from mergekit_karcher.means.finite import check_result
+from mergekit_karcher.means.input_gram import InputGram
 from mergekit_karcher.means.inputs import Inputs, checked_inputs
+from mergekit_karcher.means.matrix_mean import RIDGE, matrix_mean, warn_of_unsolved
 from mergekit_karcher.means.metric import FLOOR, check_floor, warn_of_zeros
 from mergekit_karcher.sphere.trig import Floats
 
 
 def fisher_mean(
     tensors: Sequence[torch.Tensor],
-    metrics: Sequence[torch.Tensor | None],
+    metrics: Sequence[torch.Tensor | InputGram | None] | Literal["self"],
     weights: Sequence[float] | None = None,
     *,
+    base: torch.Tensor | None = None,
     floor: float = FLOOR,
+    ridge: float = RIDGE,
     labels: Sequence[str] | None = None,
     name: str = "the tensor",
 ) -> torch.Tensor:
-    """The point that is best for all of N models, each in its own diagonal metric.
+    """The point that is best for all of N models, each in its own metric.
 
-    It minimises J(W) = sum_k w_k sum_i G_ki (W_i - W_ki)^2, element by element: the mean of the
-    tensors weighted by w_k G_k (Matena & Raffel 2022, equation 4; with G the diagonal Fisher
-    information it is Fisher merging).
+    It minimises J(W) = sum_k w_k <W - W_k, G_k (W - W_k)>. With diagonal metrics it is, element by
+    element, the mean of the tensors weighted by w_k G_k (Matena & Raffel 2022, equation 4; with G
+    the diagonal Fisher information it is Fisher merging). With the input Grams A_k of a linear
+    layer it is the solution of one linear system (Jin et al. 2023, equation 1):
+
+        W = M + (sum_k w_k (W_k - M) A_k) (sum_k w_k A_k + r g I)^-1
+
+    with M the weighted linear mean, r the ridge, and g the mean diagonal of sum_k w_k A_k.
 
     Arguments:
         tensors: N >= 1 of one shape and device; float16, bfloat16, float32 or float64, mixed as you
-            like; borrowed.
-        metrics: One for each, of its shape and device, floating, finite and >= 0; None is one
-            everywhere. Only their ratios matter. A metric that is zero everywhere gives its model
-            no weight; where all are, the weighted mean is taken, with a warning.
+            like; borrowed. In matrix metrics (out, in), (experts, out, in) or, of a convolution,
+            (out, in, height, width).
+        metrics: One for each, on its device, all of one kind; only their ratios matter. Diagonal: a
+            tensor of its shape, floating, finite and >= 0; None is one everywhere. Or an
+            `InputGram`. Or "self" for all: the input Grams A_k = t_k' t_k / |t_k|^2 of the changes
+            t_k = W_k - base, for which no data is needed; tensors of one axis or none get the
+            weighted linear mean then. A metric that is zero everywhere gives its model no weight;
+            where all are, the weighted linear mean is taken, with a warning.
         weights: N finite numbers >= 0, not all zero; by default all equal.
-        floor: The fraction of each metric's mean over the tensor that is added to it, so that where
-            no model is sure of anything all count alike. Entries of real metrics reach 1e-24; an
-            absolute floor would drown them. Elements where all metrics and the floor are zero get
-            the weighted mean.
+        base: What the models were trained from, like the tensors; needed for "self" only.
+        floor: Of diagonal metrics, the fraction of each one's mean over the tensor that is added to
+            it, so that where no model is sure of anything all count alike. Entries of real metrics
+            reach 1e-24; an absolute floor would drown them. Elements where all metrics and the
+            floor are zero get the weighted linear mean.
+        ridge: Of matrix metrics, r >= 0: how strongly the mean is drawn to M where no model is
+            sure. Layers that cannot be solved, for which it must be zero or tiny, get M, with a
+            warning.
         labels: The models, for messages.
         name: The tensor, for messages.
 
@@ -50,16 +69,31 @@ def fisher_mean(
     Raises:
         KarcherError: For anything that it cannot merge.
     """
-    inputs = checked_inputs(name, tensors, labels, weights, metrics=metrics)
+    if isinstance(metrics, str):
+        if metrics != "self" or base is None:
+            raise KarcherError(
+                f'{name} has metrics={metrics!r}: give one metric for each tensor, or "self" with '
+                "base=, what the models were trained from."
+            )
+        inputs = checked_inputs(name, tensors, labels, weights, base=base)
+        is_matrix = tensors[0].ndim > 1
+    else:
+        inputs = checked_inputs(name, tensors, labels, weights, metrics=metrics)
+        is_matrix = inputs.grams is not None
     if inputs.metrics_are_zero:
         warn_of_zeros(name)
-    return precision_weighted(inputs, floor)
+    if not is_matrix:
+        return precision_weighted(inputs, floor)
+    mean = matrix_mean(inputs, ridge)
+    if mean.unsolved:
+        warn_of_unsolved(name)
+    return mean.tensor
 
 
 def precision_weighted(
     inputs: Inputs, floor: float, saved_as: torch.dtype | None = None
 ) -> torch.Tensor:
-    """`fisher_mean` of checked inputs; without metrics all elements count alike.
+    """`fisher_mean` of checked inputs in diagonal metrics; without any all elements count alike.
 
     saved_as: what the result is cast to in the end; `KarcherError` if it is not finite in that.
     """

@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels.shared_metric import SharedMetric
+from mergekit_karcher.means.input_gram import InputGram
 from mergekit_karcher.means.metric import DTYPES, DiagonalMetric, checked_metric, shared_metric
 from mergekit_karcher.sphere.trig import Floats
 
@@ -31,6 +33,7 @@ class Inputs:
     base: torch.Tensor | None = None  # what the mean is taken around; None for zero
     # None if no model has one; in it, None for one that is the same everywhere.
     metrics: tuple[DiagonalMetric | None, ...] | None = None
+    grams: tuple[InputGram, ...] | None = None  # instead of those, of linear layers
     shared_metric: SharedMetric | None = None  # what lengths and angles are measured in
 
     @property
@@ -70,6 +73,11 @@ class Inputs:
         always: also in one that is the same for every element. By itself it changes no mean; in a
         part of larger vectors it weighs that part against the others.
         """
+        if self.grams is not None:
+            raise KarcherError(
+                f"{self.name} has input Grams, which a Karcher mean has no use for: give diagonal "
+                "metrics, or take the Fisher mean."
+            )
         if self.metrics is None:
             return self
         shared = shared_metric(self.metrics, self.weights.tolist(), floor)
@@ -78,6 +86,8 @@ class Inputs:
     @property
     def metrics_are_zero(self) -> bool:
         """Whether there are metrics, and all of them are zero everywhere."""
+        if self.grams is not None:
+            return all(gram.trace() == 0 for gram in self.grams)
         return self.metrics is not None and all(m is not None and m.mean == 0 for m in self.metrics)
 
 
@@ -88,12 +98,12 @@ def checked_inputs(
     weights: Sequence[float] | None = None,
     *,
     base: torch.Tensor | None = None,
-    metrics: Sequence[torch.Tensor | None] | None = None,
+    metrics: Sequence[torch.Tensor | InputGram | None] | None = None,
 ) -> Inputs:
     """The inputs that have a weight, or a `KarcherError` that says which cannot be merged, and why.
 
     Those of weight zero may hold anything, of any shape; by default all weights are equal. Each
-    metric costs a pass over it; None is one that is the same everywhere.
+    metric costs a pass over it; None is one that is the same everywhere. All are of one kind.
     """
     labels = labels or [f"input {index}" for index in range(len(tensors))]
     weights = [1.0] * len(tensors) if weights is None else [float(weight) for weight in weights]
@@ -112,11 +122,37 @@ def checked_inputs(
     _check_tensors(inputs)
     if metrics is None:
         return inputs
-    checked = [
-        None if (values := metrics[place]) is None else checked_metric(values, tensor, label, name)
-        for place, tensor, label in zip(places, inputs.tensors, inputs.labels, strict=True)
-    ]
-    return replace(inputs, metrics=tuple(checked))
+    given = [metrics[place] for place in places]
+    if any(isinstance(metric, InputGram) for metric in given):
+        return replace(inputs, grams=tuple(_checked_grams(inputs, given)))
+    return replace(inputs, metrics=tuple(_checked_metrics(inputs, given)))
+
+
+def _checked_metrics(inputs: Inputs, metrics: Sequence[Any]) -> Iterator[DiagonalMetric | None]:
+    for values, tensor, label in zip(metrics, inputs.tensors, inputs.labels, strict=True):
+        yield None if values is None else checked_metric(values, tensor, label, inputs.name)
+
+
+def _checked_grams(inputs: Inputs, metrics: Sequence[Any]) -> Iterator[InputGram]:
+    for gram, tensor, label in zip(metrics, inputs.tensors, inputs.labels, strict=True):
+        if not isinstance(gram, InputGram):
+            raise KarcherError(
+                f"{inputs.name} has an input Gram for one model and none for {label}, whose scales "
+                "have nothing to do with each other: give all models metrics of one kind."
+            )
+        width = tensor[0].numel() if tensor.ndim > 3 else tensor.shape[-1]
+        expected = (*(tensor.shape[:1] if tensor.ndim == 3 else ()), width, width)
+        if gram.shape != expected:
+            raise KarcherError(
+                f"The input Gram of {inputs.name} for {label} has shape {gram.shape}, but the "
+                f"tensor, {tuple(tensor.shape)}, needs {expected}: make it anew from that model."
+            )
+        if not gram.is_finite():
+            raise KarcherError(
+                f"The input Gram of {inputs.name} for {label} is not finite everywhere: make it "
+                "anew."
+            )
+        yield gram
 
 
 def check_weights(weights: Sequence[float], labels: Sequence[str], name: str) -> None:

@@ -1,0 +1,146 @@
+"""The mean of linear layers, each in the metric of its own inputs: one linear solve a layer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.means.finite import check_result
+from mergekit_karcher.means.input_gram import InputGram
+from mergekit_karcher.means.inputs import Inputs
+
+_LOG = logging.getLogger(__name__)
+
+# Of the mean diagonal of the summed metrics.
+RIDGE = 0.1
+
+
+class MatrixMean(NamedTuple):
+    """A mean in matrix metrics: the tensor, and of how many of its layers it is the linear mean."""
+
+    tensor: torch.Tensor
+    unsolved: int
+
+
+def check_ridge(ridge: float) -> None:
+    """Raise `KarcherError` unless ridge is a finite fraction of 0 or more."""
+    if not 0 <= ridge < math.inf:
+        raise KarcherError(f"ridge is {ridge}: give a finite fraction of 0 or more, such as 0.1.")
+
+
+def warn_of_unsolved(name: str) -> None:
+    """Say that a tensor could not be solved."""
+    _LOG.warning("%s cannot be solved: it is the weighted linear mean. A larger ridge helps.", name)
+
+
+@torch.no_grad()
+def matrix_mean(inputs: Inputs, ridge: float, saved_as: torch.dtype | None = None) -> MatrixMean:
+    """The mean W of layers W_k in metrics A_k, drawn to their weighted linear mean M.
+
+    It minimises J(W) = sum_k w_k tr((W - W_k) A_k (W - W_k)') + r g |W - M|^2, with g the mean
+    diagonal of sum_k w_k A_k:
+
+        W = M + (sum_k w_k (W_k - M) A_k) (sum_k w_k A_k + r g I)^-1
+
+    A model whose A_k is zero has no weight in that layer.
+
+    Arguments:
+        inputs: Checked; (out, in), or (experts, out, in), each of which is a layer. Of more axes,
+            which convolutions have, all but the first are one. Without grams the A_k are those of
+            the changes from the base, t_k = W_k - base: A_k = t_k' t_k / |t_k|^2. Each gradient
+            step of a linear layer is a sum of outer products with its inputs, so the rows of t_k
+            span what training saw.
+        ridge: r.
+        saved_as: What the result is cast to in the end; by default its own dtype.
+
+    Returns:
+        A new tensor of the dtype that all inputs promote to; layers that cannot be solved are the
+        linear mean. The work is done in float64; one A_k is held at a time, beside two of its size.
+
+    Raises:
+        KarcherError: If the result is not finite.
+    """
+    check_ridge(ridge)
+    first, base, grams = inputs.tensors[0], inputs.base, inputs.grams
+    result = torch.empty(first.shape, dtype=inputs.dtype, device=first.device)
+    unsolved = 0
+    for index, target in enumerate(_layers(result)):
+        layers = [_layers(tensor)[index] for tensor in inputs.tensors]
+        if grams is not None:
+            metrics = [_given(gram.expert(index) if first.ndim == 3 else gram) for gram in grams]
+        else:
+            assert base is not None
+            metrics = [_of_change(layer, _layers(base)[index]) for layer in layers]
+        mean, solved = _mean_of_layer(layers, metrics, inputs.weights.tolist(), ridge)
+        target.copy_(mean)
+        unsolved += not solved
+    check_result(result, inputs, saved_as or result.dtype)
+    return MatrixMean(result, unsolved)
+
+
+def _layers(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The layers of a stack, or the one that a tensor is, as (out, in); views if possible."""
+    return tensor.unbind() if tensor.ndim == 3 else [tensor.flatten(1)]
+
+
+# Gives a metric when it is needed; None instead of this for one that is zero.
+_Metric = Callable[[], InputGram]
+
+
+def _given(gram: InputGram) -> _Metric | None:
+    return (lambda: gram) if gram.trace() > 0 else None
+
+
+def _of_change(layer: torch.Tensor, base: torch.Tensor) -> _Metric | None:
+    """The metric of a layer by its change from the base."""
+
+    def change() -> torch.Tensor:
+        return layer.double() - base.double()
+
+    length = float(change().norm())
+
+    def metric() -> InputGram:
+        unit = change().div_(length)
+        outputs, inputs = unit.shape
+        return InputGram(factor=unit) if outputs < inputs else InputGram(dense=unit.T @ unit)
+
+    return None if length == 0 else metric
+
+
+def _mean_of_layer(
+    layers: Sequence[torch.Tensor],
+    metrics: Sequence[_Metric | None],
+    weights: Sequence[float],
+    ridge: float,
+) -> tuple[torch.Tensor, bool]:
+    """`matrix_mean` of one layer in float64, and whether it could be solved."""
+    given = [entry for entry in zip(layers, metrics, weights, strict=True) if entry[1] is not None]
+    sure = given or [*zip(layers, metrics, weights, strict=True)]
+    total = sum(weight for _, _, weight in sure)
+    outputs, inputs = layers[0].shape
+    mean = layers[0].new_zeros(outputs, inputs, dtype=torch.float64)
+    for layer, _, weight in sure:
+        mean.add_(layer.double(), alpha=weight / total)
+    if len(given) < 2:
+        return (sure[0][0] if given else mean), True
+    summed = mean.new_zeros(inputs, inputs)
+    pull = torch.zeros_like(mean)
+    for layer, metric, weight in given:
+        assert metric is not None
+        gram = metric()
+        gram.add_to(summed, weight / total)
+        pull.add_(gram.applied_to(layer.double() - mean), alpha=weight / total)
+    diagonal = summed.diagonal()
+    diagonal.add_(ridge * diagonal.mean())
+    lower, failed = torch.linalg.cholesky_ex(summed)
+    pivots = lower.diagonal().square()
+    if int(failed) or not bool(
+        pivots.min() > inputs * torch.finfo(torch.float64).eps * pivots.max()
+    ):
+        return mean, False
+    return mean.add_(torch.cholesky_solve(pull.T, lower).T), True
