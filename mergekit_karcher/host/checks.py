@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.host.graph import has_metric, is_in_checkpoint, loads_of
-from mergekit_karcher.host.run import MergeRun
+from mergekit_karcher.host.documents import SELF
+from mergekit_karcher.host.graph import has_metric, is_in_checkpoint, is_outside, loads_of
+from mergekit_karcher.host.run import FISHER_NAMES, MergeRun
 from mergekit_karcher.means.inputs import check_weights
 
 _LOG = logging.getLogger(__name__)
@@ -42,12 +43,43 @@ def check_merges(merges: Sequence[Any], run: MergeRun) -> None:
 
 def weights_of(merge: Any) -> dict[Any, float]:
     """The weights of a merge task, by model, but for that of a base that takes no part."""
-    base = merge.base_model if merge.parameters["origin"] == "base" else None
     return {
         model: merge.input_parameters[model]["weight"]
         for model in merge.model_order
-        if model != base
+        if not is_outside(merge, model)
     }
+
+
+def check_own_changes(merges: Sequence[Any]) -> None:
+    """Check the merge tasks that ask for the metrics of changes from the base.
+
+    Raises:
+        KarcherError: If there is no base, if some models of a tensor have other metrics, or if the
+            method is another than fisher.
+    """
+    for merge in merges:
+        metrics = {
+            str(model): merge.input_parameters[model]["metric"]
+            for model in merge.model_order
+            if not is_outside(merge, model)
+        }
+        if SELF not in metrics.values():
+            continue
+        name = merge.output_weight.name
+        if merge.method_name not in FISHER_NAMES:
+            raise KarcherError(
+                f"metric: self is for merge_method: fisher; {merge.method_name} takes the mean "
+                "around the base by origin: base."
+            )
+        if merge.base_model not in merge.model_order:
+            raise no_base(name, "metric: self", "take metrics from data")
+        other = next((model for model, metric in metrics.items() if metric != SELF), None)
+        if other is not None:
+            raise KarcherError(
+                f"{name} has metric: self for some models, but {metrics[other] or 'none'} for "
+                f"{other}, whose scales have nothing to do with each other: give all models "
+                "metric: self, under the parameters of the config."
+            )
 
 
 def check_weights_in(merge: Any, run: MergeRun) -> None:
@@ -83,12 +115,14 @@ def check_uniform(parameters: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def no_base(name: str) -> KarcherError:
+def no_base(
+    name: str, setting: str = "origin: base", otherwise: str = "take origin: zero"
+) -> KarcherError:
     """What a merge around a base that is not among the inputs of a tensor says."""
     return KarcherError(
-        f"origin: base needs the base model's {name}, which is not among the inputs: give a "
-        "base_model that has it (under slices, list it among the sources of every slice), or take "
-        "origin: zero."
+        f"{setting} needs the base model's {name}, which is not among the inputs: give a "
+        "base_model that has it (under slices, list it among the sources of every slice), or "
+        f"{otherwise}."
     )
 
 

@@ -12,8 +12,9 @@ from mergekit_karcher.errors import KarcherError
 
 MODEL_KEYS = ("model", "base_model")
 
-# The metric that is the same for every element, and needs no file.
-IDENTITY = "identity"
+# The metrics that need no file: the one that is the same for every element, and that of a layer's
+# own change from the base.
+IDENTITY, SELF = "identity", "self"
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_karcher.host import compat
-from mergekit_karcher.host.run import FISHER
+from mergekit_karcher.host.documents import SELF
+from mergekit_karcher.host.run import FISHER_NAMES
 
 
 def merge_tasks(tasks: Iterable[Any], names: Sequence[str]) -> list[Any]:
@@ -70,18 +71,35 @@ def weights_read(merge: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def named_metrics(merge: Any) -> Iterator[tuple[Any, Any, str]]:
-    """The inputs of a merge task that count, what loads each, and the metric that it names."""
-    base = merge.base_model if merge.parameters["origin"] == "base" else None
+    """The inputs of a merge task that count, what loads each, and the metric that it names.
+
+    None where all metrics are those of the changes from the base, which are not loaded.
+    """
+    if is_in_own_changes(merge):
+        return
     for model, load in loads_of(merge):
         parameters = merge.input_parameters[model]
-        if parameters["weight"] > 0 and model != base and is_in_checkpoint(load):
+        is_counted = parameters["weight"] > 0 and not is_outside(merge, model)
+        if is_counted and is_in_checkpoint(load):
             yield model, load, parameters["metric"]
+
+
+def is_in_own_changes(merge: Any) -> bool:
+    """Whether a merge task is to take the metric of each input from its change from the base."""
+    metrics = (merge.input_parameters[model]["metric"] for model in merge.model_order)
+    return merge.method_name in FISHER_NAMES and SELF in metrics
+
+
+def is_outside(merge: Any, model: Any) -> bool:
+    """Whether a model is the base that the mean is taken around, and no input of it."""
+    around_base = merge.parameters["origin"] == "base" or is_in_own_changes(merge)
+    return bool(around_base and model == merge.base_model)
 
 
 def has_metric(merge: Any) -> bool:
     """Whether a merge task is to weigh parameters: fisher always does, karcher if a model asks."""
     asked = any(metric for _, _, metric in named_metrics(merge))
-    return bool(merge.method_name == FISHER or asked)
+    return bool(merge.method_name in FISHER_NAMES or asked)
 
 
 def changes_vocabulary(merge: Any) -> bool:

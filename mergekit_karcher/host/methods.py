@@ -8,74 +8,28 @@ and has neither metrics nor a summary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from mergekit.merge_methods.base import MergeMethod, MergeMethodSpec, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype, promoted_dtype
 
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.host.checks import check_uniform, no_base
+from mergekit_karcher.host.checks import check_uniform
 from mergekit_karcher.host.parameters import FISHER_PARAMETERS, KARCHER_PARAMETERS, settings_of
-from mergekit_karcher.host.rows import RowLayout
 from mergekit_karcher.host.run import FISHER, MergeRun
+from mergekit_karcher.host.tensor import TensorToMerge, compare
 from mergekit_karcher.means.autograd import merge, merge_whole
 from mergekit_karcher.means.finite import check_result
 from mergekit_karcher.means.fisher import precision_weighted, shares_of
-from mergekit_karcher.means.inputs import Inputs, checked_inputs
+from mergekit_karcher.means.input_gram import InputGram
+from mergekit_karcher.means.inputs import Inputs
+from mergekit_karcher.means.matrix_mean import matrix_mean
 from mergekit_karcher.means.products import Products, needs_exact, products_of
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.means.solve import Solution, combined, solve
-from mergekit_karcher.report.observation import observed
 from mergekit_karcher.sphere.pairwise import geometry_of_gram
-
-
-class TensorToMerge(NamedTuple):
-    """One output tensor, and what is known of it.
-
-    group: its inputs, of one dtype. parameters: those of the method, by name. run: the merge that
-    it is part of, which is told of it. metrics: those of the inputs that have one, by model; None
-    if the tensor is merged without metrics. rows: where its output units lie.
-    """
-
-    group: TensorGroup
-    parameters: Mapping[str, Any]
-    run: MergeRun
-    metrics: Mapping[Any, torch.Tensor] | None = None
-    rows: RowLayout = RowLayout.FIRST
-
-    @property
-    def name(self) -> str:
-        """What the output tensor is called."""
-        return self.group.metadata.name or "the tensor"
-
-    @property
-    def layout(self) -> RowLayout:
-        """How the tensor is turned so that its rows, if they count as vectors, are output units."""
-        by_row = self.parameters.get("granularity") == "row"
-        return self.rows if by_row else RowLayout.FIRST
-
-    def inputs(self, *, around_base: bool, without_base: bool) -> Inputs:
-        """The inputs that have a weight, checked; around_base: and their base apart."""
-        group, name, turned = self.group, self.name, self.layout.rows_first
-        if around_base and group.base is None:
-            raise no_base(name)
-        entries = group.non_base if without_base else group.entries
-        metrics = None
-        if self.metrics is not None:
-            loaded = [self.metrics.get(entry.id) for entry in entries]
-            device = entries[0].tensor.device
-            metrics = [None if m is None else turned(m.to(device)) for m in loaded]
-        return checked_inputs(
-            name,
-            [turned(entry.tensor) for entry in entries],
-            [self.run.label(name, str(entry.id)) for entry in entries],
-            self.parameters["weight"].values_for(entries),
-            base=turned(group.base.tensor) if around_base else None,
-            metrics=metrics,
-        )
 
 
 class _InMemory(MergeMethod):  # type: ignore[misc]
@@ -191,7 +145,7 @@ class KarcherMerge(_InMemory):
         """One tensor's part of the inner products of the models that have a weight."""
         inputs, watched = self._inputs(tensor), tensor.run.watched
         products = products_of(inputs, with_base=watched, exact=needs_exact(inputs.tensors))
-        _compare(tensor, inputs, products)
+        compare(tensor, inputs, products)
         return products.of(slice(len(inputs.tensors)))
 
     def _inputs(self, tensor: TensorToMerge) -> Inputs:
@@ -207,7 +161,7 @@ class KarcherMerge(_InMemory):
 
     def _observe(self, tensor: TensorToMerge, inputs: Inputs, solution: Solution) -> None:
         """Tell a run how a tensor of its own mean came out."""
-        _compare(tensor, inputs, solution.products[0])
+        compare(tensor, inputs, solution.products[0])
         present = len(tensor.group.entries)
         tensor.run.record(inputs.name, solution.mean, present, solution.blocks)
 
@@ -254,40 +208,54 @@ class FisherMerge(_InMemory):
     ) -> torch.Tensor:
         """One output tensor, told to its run; as by `KarcherMerge.merge_tensor`."""
         inputs = self._inputs(tensor)
-        result = precision_weighted(inputs, tensor.parameters["floor"], saved_as)
+        if inputs.base is not None:
+            _note_changes(tensor, inputs)
+        if inputs.base is None and inputs.grams is None:
+            result = precision_weighted(inputs, tensor.parameters["floor"], saved_as)
+        else:
+            mean = matrix_mean(inputs, tensor.parameters["ridge"], saved_as)
+            shape = tensor.group.tensors[0].shape
+            result = tensor.rows.from_layers(mean.tensor, shape)
+            if mean.unsolved:
+                tensor.run.note("could not be solved, the linear mean instead", inputs.name)
         tensor.run.record(inputs.name, None, len(tensor.group.entries))
         return result
 
     def measure(self, tensor: TensorToMerge) -> None:
         """How much each input of one tensor counts, told to its run, and how far they are apart."""
         inputs = self._inputs(tensor)
+        if tensor.is_in_own_changes and inputs.base is None and tensor.group.base is not None:
+            inputs = tensor.inputs(around_base=True, without_base=True)
         shares = shares_of(inputs, tensor.parameters["floor"])
-        _compare(tensor, inputs, products_of(inputs))
+        compare(tensor, inputs, products_of(inputs, with_base=True))
         tensor.run.weigh(inputs.name, shares)
 
     def _inputs(self, tensor: TensorToMerge) -> Inputs:
-        without_base = tensor.parameters["origin"] == "base"
-        inputs = tensor.inputs(around_base=False, without_base=without_base)
+        own_changes = tensor.is_in_own_changes
+        around_base = own_changes and tensor.is_layer and self._has_base(tensor)
+        grams = any(isinstance(metric, InputGram) for metric in (tensor.metrics or {}).values())
+        inputs = tensor.inputs(
+            around_base=around_base,
+            without_base=own_changes or tensor.parameters["origin"] == "base",
+            by_layer=around_base or grams,
+        )
         if inputs.metrics_are_zero:
             tensor.run.note_zero_metrics(inputs.name)
         return inputs
 
+    def _has_base(self, tensor: TensorToMerge) -> bool:
+        if tensor.group.base is None:
+            tensor.run.note("not in the base, merged by the linear mean", tensor.name)
+        return tensor.group.base is not None
 
-def _compare(tensor: TensorToMerge, inputs: Inputs, products: Products) -> None:
-    """Tell a run how far the inputs of a tensor are apart; for a report, all that there is to it.
 
-    products: those of the inputs, and where the run is watched of a base that is their origin.
-    """
-    group, run, around_base = tensor.group, tensor.run, inputs.base is not None
-    vectors = products.of(slice(len(inputs.tensors)))
-    angles = geometry_of_gram(vectors.grams[0], vectors.exponents[0]).angles
-    pairs = [float(angle) for angle in angles[np.tril_indices(len(angles), -1)]]
-    run.compare(inputs.name, inputs.tensors[0].numel(), pairs, around_base=around_base)
-    if run.watched:
-        entries = group.non_base if around_base else group.entries
-        models = [str(entries[place].id) for place in inputs.places]
-        base = None if group.base is None else str(group.base.id)
-        run.observe(observed(inputs, products, models, base))
+def _note_changes(tensor: TensorToMerge, inputs: Inputs) -> None:
+    """Tell a run how long the changes of a layer are, and how far apart."""
+    products = products_of(inputs, with_base=True)
+    compare(tensor, inputs, products)
+    norms = geometry_of_gram(products.grams[0], products.exponents[0]).norms
+    models = [str(tensor.group.non_base[place].id) for place in inputs.places]
+    tensor.run.note_own_changes(models, norms[:-1], float(norms[-1]))
 
 
 def make_method(name: str) -> Any:

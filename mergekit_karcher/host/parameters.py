@@ -13,6 +13,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from pydantic import ValidationError, WrapValidator
 
 from mergekit_karcher.errors import KarcherError
+from mergekit_karcher.means.matrix_mean import RIDGE, check_ridge
 from mergekit_karcher.means.metric import FLOOR, check_floor
 from mergekit_karcher.means.solve import MAX_ITER, TOL, Settings, check_stopping
 from mergekit_karcher.sphere.magnitude import Magnitude
@@ -47,17 +48,21 @@ def _parameter(
 # Of a model: how much it counts, and where its metric is; empty for none.
 _WEIGHT = _parameter("weight", float, "a number of 0 or more", 1.0, scope=ParameterScope.INPUT)
 _METRIC = _parameter(
-    "metric", str, "a folder, a file, a Hub id, or identity", "", scope=ParameterScope.INPUT
+    "metric", str, "a folder, a file, a Hub id, identity or self", "", scope=ParameterScope.INPUT
 )
 _ORIGIN = _parameter("origin", Literal["zero", "base"], "zero or base", "zero")
 _FLOOR = _parameter(
     "floor", float, "a fraction of 0 or more, such as 1e-6", FLOOR, check=check_floor
 )
 
+_RIDGE = _parameter(
+    "ridge", float, "a fraction of 0 or more, such as 0.1", RIDGE, check=check_ridge
+)
+
 # Of tensors that every model has and mergekit does not plan.
 _LEFT_OUT = _parameter("left_out", Literal["stop", "drop"], "stop or drop", "stop")
 
-FISHER_PARAMETERS = (_WEIGHT, _METRIC, _ORIGIN, _FLOOR, _LEFT_OUT)
+FISHER_PARAMETERS = (_WEIGHT, _METRIC, _ORIGIN, _FLOOR, _RIDGE, _LEFT_OUT)
 
 KARCHER_PARAMETERS = (
     _WEIGHT,

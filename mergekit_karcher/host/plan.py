@@ -21,6 +21,7 @@ from mergekit_karcher.host import compat
 from mergekit_karcher.host.checks import (
     NAMES,
     check_merges,
+    check_own_changes,
     check_weights_in,
     warn_of_a_base_that_takes_part,
 )
@@ -31,7 +32,9 @@ from mergekit_karcher.host.config_checks import (
     settings_in,
 )
 from mergekit_karcher.host.graph import (
+    changes_vocabulary,
     has_metric,
+    is_in_own_changes,
     merge_tasks,
     saved_dtypes,
     weights_read,
@@ -179,6 +182,10 @@ def checked_run(
     in_models = [name for of_inputs in names.values() for name in of_inputs.values()]
     check_filters(settings_in(config), [*names, *in_models])
     run = MergeRun(title, method, watched=watched, names=names)
+    check_own_changes(merges)
+    for merge in merges:
+        if is_in_own_changes(merge) and changes_vocabulary(merge):
+            run.note("other vocabularies, merged by the linear mean", merge.output_weight.name)
     warn_of_mixed_metrics(merges)
     if method == KARCHER:
         check_merges(merges, run)
@@ -209,6 +216,7 @@ class OurTasks:
             is_constant=self._checkpoints.is_constant(merge),
             is_whole_numbers=self._checkpoints.is_whole_numbers(merge),
             rows=self._checkpoints.row_layout(merge),
+            is_layer=self._checkpoints.is_layer(merge) and not changes_vocabulary(merge),
             **fields,
         )
 

@@ -25,7 +25,7 @@ from mergekit_karcher.host.headers import (
     is_constant,
     may_be_constant,
 )
-from mergekit_karcher.host.rows import RowLayout, row_layout
+from mergekit_karcher.host.rows import RowLayout, is_head, is_layer, row_layout
 
 _NAMES_SHOWN = 3
 _LAYER = re.compile(r"\.\d+(?=\.)")
@@ -90,6 +90,19 @@ class Checkpoints:
         # Only stacks of matrices are put together from several tensors.
         axes = 3 if header is None else len(header.shape)
         return row_layout(self.model_type(load), name, axes)
+
+    def is_layer(self, merge: Any) -> bool:
+        """Whether the weight of a merge task is that of linear layers, or of a convolution."""
+        headers = self._of_inputs(merge)
+        shape = headers[0].shape if headers else (1, 1, 1)
+        return is_layer(merge.output_weight.name, shape) and not self._is_embedding(merge)
+
+    def _is_embedding(self, merge: Any) -> bool:
+        """Whether it has a vocabulary on one axis, and is no head that has its own tensor."""
+        if merge.output_weight.vocabulary_axis is None:
+            return False
+        load = next(load for _, load in loads_of(merge))
+        return not is_head(merge.output_weight.name) or ties_head(load)
 
     def present(self, merges: Iterable[Any]) -> list[Any]:
         """The merge tasks, but for those whose tensor no model has or needs, in any layer.

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mergekit_karcher.host.checks import weights_of
-from mergekit_karcher.host.graph import has_metric
+from mergekit_karcher.host.documents import SELF
+from mergekit_karcher.host.graph import has_metric, is_in_own_changes
 from mergekit_karcher.host.run import FISHER
 from mergekit_karcher.report.apart import plain_range
 from mergekit_karcher.report.build import Planned
@@ -61,9 +62,11 @@ def settings_in_effect(merges: Sequence[Any]) -> list[str]:
         if model.weight_range
     ]
     origin = [f"base: {model.name}" for model in models.values() if not model.weight_range]
-    settings = [
+    own_changes = any(map(is_in_own_changes, merges))
+    settings = [f"metric: {SELF}"] if own_changes else []
+    settings += [
         f"{parameter}: {' and '.join(values)}"
-        for parameter in ("granularity", "origin", "magnitude")
+        for parameter in (("ridge",) if own_changes else ("granularity", "origin", "magnitude"))
         if (values := _used(merges, parameter))
     ]
     return [f"weights: {'; '.join([', '.join(weights), *origin])}", ", ".join(settings)]
@@ -108,7 +111,7 @@ def _settings(config: Any, merges: Sequence[Any], asked_for: str) -> Settings:
         merge_method=asked_for,
         as_karcher=asked_for != config.merge_method,
         granularity=_used(merges, "granularity"),
-        origin=_used(merges, "origin"),
+        origin=["base"] if all(map(is_in_own_changes, merges)) else _used(merges, "origin"),
         magnitude=_used(merges, "magnitude"),
         dtype=config.dtype,
         out_dtype=config.out_dtype,

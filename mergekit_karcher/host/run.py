@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import click
+import numpy as np
 
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.report.apart import Apart
@@ -22,6 +23,9 @@ _NAMES_SHOWN = 5
 
 # The methods whose merges are summed up.
 KARCHER, FISHER = "karcher", "fisher"
+
+# What the second is called in a config.
+FISHER_NAMES = (FISHER,)
 
 
 class MergeRun:
@@ -67,8 +71,11 @@ class MergeRun:
             "not converged": {},
         }
         self._incomplete: list[str] = []
-        self._zero_metrics: list[str] = []
+        self._noted: dict[str, list[str]] = {}
         self._tokens_without_base: dict[str, int] = {}
+        self._in_own_changes = 0
+        # Squared lengths of each model's change, and of the base beside it.
+        self._lengths: dict[str, Floats] = {}
         self._warned_of_16_bits = False
 
     def label(self, name: str, model: str) -> str:
@@ -124,14 +131,30 @@ class MergeRun:
 
     def note_zero_metrics(self, name: str) -> None:
         """Remember a tensor whose metrics are zero in every model; warn of the first."""
+        what = "metrics zero in every model, merged as without any"
+        if what not in self._noted:
+            _LOG.warning(
+                "The metrics of %s are zero in every model: it is merged as without any, "
+                "and so are others like it.",
+                name,
+            )
+        self.note(what, name)
+
+    def note(self, what: str, name: str) -> None:
+        """Remember a tensor for a line of the summary that begins with those words."""
         with self._lock:
-            if not self._zero_metrics:
-                _LOG.warning(
-                    "The metrics of %s are zero in every model: it is merged as without any, "
-                    "and so are others like it.",
-                    name,
-                )
-            self._zero_metrics.append(name)
+            self._noted.setdefault(what, []).append(name)
+
+    def note_own_changes(self, models: Sequence[str], changes: Floats, base: float) -> None:
+        """Count a layer merged in the metrics of its changes from the base.
+
+        changes, base: The length of each model's change, (N,), and that of the base.
+        """
+        with self._lock:
+            self._in_own_changes += 1
+            for model, change in zip(models, changes, strict=True):
+                lengths = np.array([change, base]) ** 2
+                self._lengths[model] = self._lengths.get(model, np.zeros(2)) + lengths
 
     def note_tokens_without_base(self, name: str, count: int) -> None:
         """Remember how many tokens of a tensor the base does not have."""
@@ -156,16 +179,19 @@ class MergeRun:
     def lines(self) -> Iterator[str]:
         """The summary, the settings, and at most one line of names for each thing to look at."""
         merged = f"{self.method} {self.title}: {self._merged} tensors merged"
-        if self.method == FISHER:
+        apart = [f"{what} {words}" for what, a in self._apart.items() if (words := a.words)]
+        if self._in_own_changes:
+            layers = f"{self._in_own_changes} of them in the metrics of their changes"
+            yield f"{', '.join([merged, layers, *apart])}."
+        elif self.method == FISHER:
             yield f"{merged}, each parameter weighed by the metrics of its models."
         else:
-            apart = [f"{what} {words}" for what, a in self._apart.items() if (words := a.words)]
             counts = [f"{_count(flagged)} {what}" for what, flagged in self._flagged.items()]
             yield f"{', '.join([merged, *apart, *counts])}."
         yield from (f"  {line}" for line in (*self.settings, *self.left_out))
-        if self._zero_metrics:
-            names = _listed(self._zero_metrics)
-            yield f"  metrics zero in every model, merged as without any: {names}"
+        yield from self._unrelated()
+        for what, noted in self._noted.items():
+            yield f"  {what}: {_listed(noted)}"
         for what, flagged in self._flagged.items():
             if flagged:
                 names = _listed([_with_rows(name, *of) for name, of in flagged.items()])
@@ -175,6 +201,16 @@ class MergeRun:
         if self._incomplete:
             names = _listed(self._incomplete)
             yield f"  missing from some models, merged from those that have them: {names}"
+
+    def _unrelated(self) -> Iterator[str]:
+        """A line for each model whose changes are longer than the base is."""
+        for model, (change, base) in self._lengths.items():
+            if change > base:
+                times = math.sqrt(change / base) if base else math.inf
+                yield (
+                    f"  {model} is as far from the base as unrelated models are, its changes are "
+                    f"{times:.2g} times as long: metric: self is for fine-tunes of the base"
+                )
 
 
 def _count(flagged: Mapping[str, tuple[int, int]]) -> str:

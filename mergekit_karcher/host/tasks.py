@@ -30,10 +30,10 @@ from mergekit_karcher.errors import NotFiniteError
 from mergekit_karcher.host.checks import check_casts, weights_of
 from mergekit_karcher.host.graph import changes_tokens, uncast
 from mergekit_karcher.host.headers import identical, is_parameter_by_name
-from mergekit_karcher.host.methods import TensorToMerge
 from mergekit_karcher.host.metric_loads import MetricLoads
 from mergekit_karcher.host.parameters import settings_of
 from mergekit_karcher.host.rows import RowLayout
+from mergekit_karcher.host.tensor import TensorToMerge
 from mergekit_karcher.means.products import Products, total
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.means.solve import mean_of_products
@@ -52,6 +52,7 @@ class OfInputs(Task[Any]):  # type: ignore[misc]
     run: the `MergeRun` that it is part of.
     is_constant, is_whole_numbers: what the inputs are by their headers.
     rows: where the output units of the weight lie.
+    is_layer: whether the weight is multiplied with the inputs of a layer.
     """
 
     merge: Task
@@ -60,6 +61,7 @@ class OfInputs(Task[Any]):  # type: ignore[misc]
     is_constant: bool
     is_whole_numbers: bool
     rows: RowLayout
+    is_layer: bool
 
     @property
     def gather(self) -> Any:
@@ -108,7 +110,7 @@ class OfInputs(Task[Any]):  # type: ignore[misc]
         aligned = align_dtype(group, dtype_from_name(merge.dtype))
         tokens = self.tokens_of_base(loaded.get("tokenizer"), aligned)
         known = aligned if tokens is None else self.at_tokens(aligned, tokens)
-        tensor = TensorToMerge(known, parameters, self.run, metrics, self.rows)
+        tensor = TensorToMerge(known, parameters, self.run, metrics, self.rows, self.is_layer)
         with torch.autocast(device_type=group.tensors[0].device.type, enabled=False):
             try:
                 result = self.of_tensor(method, tensor, loaded.get("mean"))

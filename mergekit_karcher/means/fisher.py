@@ -34,32 +34,25 @@ def fisher_mean(
 
     It minimises J(W) = sum_k w_k <W - W_k, G_k (W - W_k)>. With diagonal metrics it is, element by
     element, the mean of the tensors weighted by w_k G_k (Matena & Raffel 2022, equation 4; with G
-    the diagonal Fisher information it is Fisher merging). With the input Grams A_k of a linear
-    layer it is the solution of one linear system (Jin et al. 2023, equation 1):
-
-        W = M + (sum_k w_k (W_k - M) A_k) (sum_k w_k A_k + r g I)^-1
-
-    with M the weighted linear mean, r the ridge, and g the mean diagonal of sum_k w_k A_k.
+    the diagonal Fisher information it is Fisher merging); with the input Grams of a linear layer it
+    solves one linear system (Jin et al. 2023, equation 1; `matrix_mean` has it).
 
     Arguments:
         tensors: N >= 1 of one shape and device; float16, bfloat16, float32 or float64, mixed as you
-            like; borrowed. In matrix metrics (out, in), (experts, out, in) or, of a convolution,
-            (out, in, height, width).
-        metrics: One for each, on its device, all of one kind; only their ratios matter. Diagonal: a
-            tensor of its shape, floating, finite and >= 0; None is one everywhere. Or an
-            `InputGram`. Or "self" for all: the input Grams A_k = t_k' t_k / |t_k|^2 of the changes
-            t_k = W_k - base, for which no data is needed; tensors of one axis or none get the
-            weighted linear mean then. A metric that is zero everywhere gives its model no weight;
-            where all are, the weighted linear mean is taken, with a warning.
+            like; borrowed. In matrix metrics (out, in), or (experts, out, in).
+        metrics: One for each, on its device, all of one kind; only their ratios matter. A tensor of
+            its shape, finite and >= 0; None is one everywhere. Or an `InputGram`. Or "self" for
+            all: the input Grams t_k' t_k / |t_k|^2 of the changes t_k = W_k - base; tensors of one
+            axis or none get the weighted linear mean then. A metric of zero gives its model no
+            weight; where all are zero, the weighted linear mean is taken, with a warning.
         weights: N finite numbers >= 0, not all zero; by default all equal.
         base: What the models were trained from, like the tensors; needed for "self" only.
-        floor: Of diagonal metrics, the fraction of each one's mean over the tensor that is added to
-            it, so that where no model is sure of anything all count alike. Entries of real metrics
+        floor: Of a diagonal metric, the fraction of its mean over the tensor that is added to it,
+            so that where no model is sure of anything all count alike. Entries of real metrics
             reach 1e-24; an absolute floor would drown them. Elements where all metrics and the
             floor are zero get the weighted linear mean.
-        ridge: Of matrix metrics, r >= 0: how strongly the mean is drawn to M where no model is
-            sure. Layers that cannot be solved, for which it must be zero or tiny, get M, with a
-            warning.
+        ridge: Of matrix metrics, how strongly the mean is drawn to the weighted linear mean: a
+            fraction of the mean diagonal of sum_k w_k A_k. What cannot be solved is that mean.
         labels: The models, for messages.
         name: The tensor, for messages.
 
@@ -69,17 +62,15 @@ def fisher_mean(
     Raises:
         KarcherError: For anything that it cannot merge.
     """
-    if isinstance(metrics, str):
-        if metrics != "self" or base is None:
-            raise KarcherError(
-                f'{name} has metrics={metrics!r}: give one metric for each tensor, or "self" with '
-                "base=, what the models were trained from."
-            )
-        inputs = checked_inputs(name, tensors, labels, weights, base=base)
-        is_matrix = tensors[0].ndim > 1
-    else:
-        inputs = checked_inputs(name, tensors, labels, weights, metrics=metrics)
-        is_matrix = inputs.grams is not None
+    given = None if isinstance(metrics, str) else metrics
+    if given is None and (metrics != "self" or base is None):
+        raise KarcherError(
+            f'{name} has metrics={metrics!r}: give one metric for each tensor, or "self" with '
+            "base=, what the models were trained from."
+        )
+    around = base if given is None else None
+    inputs = checked_inputs(name, tensors, labels, weights, base=around, metrics=given)
+    is_matrix = inputs.grams is not None or (given is None and tensors[0].ndim > 1)
     if inputs.metrics_are_zero:
         warn_of_zeros(name)
     if not is_matrix:
@@ -117,8 +108,14 @@ def precision_weighted(
 
 
 def shares_of(inputs: Inputs, floor: float) -> Floats:
-    """How much each of N inputs counts in `precision_weighted`, on average over elements, (N,)."""
+    """How much each of N inputs counts, (N,): on average over elements, or by the traces of Grams.
+
+    The metrics of changes from a base have a trace of one.
+    """
     check_floor(floor)
+    if inputs.grams is not None and not inputs.metrics_are_zero:
+        counts = inputs.weights * [gram.trace() for gram in inputs.grams]
+        return np.array(counts / counts.sum())
     alike = (None,) * len(inputs.tensors)
     metrics = alike if inputs.metrics_are_zero else inputs.metrics or alike
     return np.array(

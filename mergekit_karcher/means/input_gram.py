@@ -40,9 +40,7 @@ class InputGram:
             raise KarcherError("An input Gram is either dense or has a factor: give one of them.")
         if self.dense is not None and self.diagonal is not None:
             raise KarcherError("A dense input Gram has its diagonal in it: give no other.")
-        matrix = self.dense if self.factor is None else self.factor
-        assert matrix is not None
-        shape = tuple(matrix.shape)
+        shape = tuple(self._matrix.shape)
         square = self.dense is None or shape[-2:] == (shape[-1], shape[-1])
         if len(shape) not in (2, 3) or not square:
             raise KarcherError(
@@ -58,9 +56,7 @@ class InputGram:
 
     @property
     def _matrix(self) -> torch.Tensor:
-        matrix = self.dense if self.factor is None else self.factor
-        assert matrix is not None
-        return matrix
+        return next(part for part in (self.dense, self.factor) if part is not None)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -66,16 +66,12 @@ def matrix_mean(inputs: Inputs, ridge: float, saved_as: torch.dtype | None = Non
         KarcherError: If the result is not finite.
     """
     check_ridge(ridge)
-    first, base, grams = inputs.tensors[0], inputs.base, inputs.grams
+    first = inputs.tensors[0]
     result = torch.empty(first.shape, dtype=inputs.dtype, device=first.device)
     unsolved = 0
     for index, target in enumerate(_layers(result)):
         layers = [_layers(tensor)[index] for tensor in inputs.tensors]
-        if grams is not None:
-            metrics = [_given(gram.expert(index) if first.ndim == 3 else gram) for gram in grams]
-        else:
-            assert base is not None
-            metrics = [_of_change(layer, _layers(base)[index]) for layer in layers]
+        metrics = _metrics(inputs, layers, index)
         mean, solved = _mean_of_layer(layers, metrics, inputs.weights.tolist(), ridge)
         target.copy_(mean)
         unsolved += not solved
@@ -90,6 +86,19 @@ def _layers(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
 
 # Gives a metric when it is needed; None instead of this for one that is zero.
 _Metric = Callable[[], InputGram]
+
+
+def _metrics(
+    inputs: Inputs, layers: Sequence[torch.Tensor], index: int
+) -> Sequence[_Metric | None]:
+    """Those of the inputs for the layer at an index of a stack."""
+    if inputs.grams is not None:
+        stacked = inputs.tensors[0].ndim == 3
+        return [_given(gram.expert(index) if stacked else gram) for gram in inputs.grams]
+    if inputs.base is None:
+        raise KarcherError(f"{inputs.name} has neither metrics nor a base: give one of them.")
+    base = _layers(inputs.base)[index]
+    return [_of_change(layer, base) for layer in layers]
 
 
 def _given(gram: InputGram) -> _Metric | None:
@@ -119,19 +128,19 @@ def _mean_of_layer(
     ridge: float,
 ) -> tuple[torch.Tensor, bool]:
     """`matrix_mean` of one layer in float64, and whether it could be solved."""
-    given = [entry for entry in zip(layers, metrics, weights, strict=True) if entry[1] is not None]
-    sure = given or [*zip(layers, metrics, weights, strict=True)]
-    total = sum(weight for _, _, weight in sure)
+    entries = [*zip(layers, metrics, weights, strict=True)]
+    given = [(layer, metric, weight) for layer, metric, weight in entries if metric is not None]
+    sure = [(layer, weight) for layer, _, weight in given or entries]
+    total = sum(weight for _, weight in sure)
     outputs, inputs = layers[0].shape
     mean = layers[0].new_zeros(outputs, inputs, dtype=torch.float64)
-    for layer, _, weight in sure:
+    for layer, weight in sure:
         mean.add_(layer.double(), alpha=weight / total)
     if len(given) < 2:
         return (sure[0][0] if given else mean), True
     summed = mean.new_zeros(inputs, inputs)
     pull = torch.zeros_like(mean)
     for layer, metric, weight in given:
-        assert metric is not None
         gram = metric()
         gram.add_to(summed, weight / total)
         pull.add_(gram.applied_to(layer.double() - mean), alpha=weight / total)
