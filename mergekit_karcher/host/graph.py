@@ -32,7 +32,7 @@ def with_merges_replaced(tasks: Sequence[Any], new: Mapping[int, Any]) -> list[A
             continue
         ours = new.get(id(task.tensor_task))
         # Whole numbers stay what they are: as bfloat16 they would be others.
-        dtype = {"dtype": None} if ours is not None and ours.is_whole_numbers else {}
+        dtype = {"dtype": None} if getattr(ours, "is_whole_numbers", False) else {}
         changed[id(task)] = ours and task.model_copy(update={"tensor_task": ours, **dtype})
     result = []
     for task in tasks:
@@ -43,6 +43,20 @@ def with_merges_replaced(tasks: Sequence[Any], new: Mapping[int, Any]) -> list[A
         elif changed.get(id(task), task) is not None:
             result.append(changed.get(id(task), task))
     return result
+
+
+def around_base_if_in_changes(tasks: Sequence[Any]) -> Sequence[Any]:
+    """A plan with origin: base for all tensors if any has the metrics of changes from the base."""
+    merges = merge_tasks(tasks, FISHER_NAMES)
+    if not any(map(is_in_own_changes, merges)):
+        return tasks
+    from mergekit.common import ImmutableMap
+
+    around = {}
+    for merge in merges:
+        parameters = ImmutableMap({**dict(merge.parameters.items()), "origin": "base"})
+        around[id(merge)] = merge.model_copy(update={"parameters": parameters})
+    return with_merges_replaced(tasks, around)
 
 
 def saved_dtypes(tasks: Iterable[Any]) -> dict[int, str | None]:
@@ -92,8 +106,7 @@ def is_in_own_changes(merge: Any) -> bool:
 
 def is_outside(merge: Any, model: Any) -> bool:
     """Whether a model is the base that the mean is taken around, and no input of it."""
-    around_base = merge.parameters["origin"] == "base" or is_in_own_changes(merge)
-    return bool(around_base and model == merge.base_model)
+    return bool(merge.parameters["origin"] == "base" and model == merge.base_model)
 
 
 def has_metric(merge: Any) -> bool:

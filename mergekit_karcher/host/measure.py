@@ -19,7 +19,7 @@ from mergekit_karcher.host import compat
 from mergekit_karcher.host.checkpoints import restricted_unpickling
 from mergekit_karcher.host.checks import NAMES
 from mergekit_karcher.host.documents import named_in, read_config
-from mergekit_karcher.host.graph import merge_tasks
+from mergekit_karcher.host.graph import around_base_if_in_changes, merge_tasks
 from mergekit_karcher.host.install import register
 from mergekit_karcher.host.places import check_places
 from mergekit_karcher.host.run import FISHER, KARCHER
@@ -72,7 +72,7 @@ def report_on(path: Path, options: Any) -> Report:
     _check_method(asked_for)
     config, tasks, sliced = _planned_as_karcher(document, asked_for, path.parent, options)
     checkpoints = Checkpoints()
-    merges = checkpoints.present(merge_tasks(tasks, _OURS))
+    merges = checkpoints.present(merge_tasks(around_base_if_in_changes(tasks), _OURS))
     if not merges:
         raise KarcherError(f"There is nothing to report on in {path}: it merges no tensor.")
     _stop_for([*problems(merges, checkpoints, sliced=sliced)])

@@ -224,19 +224,20 @@ class FisherMerge(_InMemory):
     def measure(self, tensor: TensorToMerge) -> None:
         """How much each input of one tensor counts, told to its run, and how far they are apart."""
         inputs = self._inputs(tensor)
-        if tensor.is_in_own_changes and inputs.base is None and tensor.group.base is not None:
+        around_base = tensor.parameters["origin"] == "base" and tensor.group.base is not None
+        if around_base and inputs.base is None and not any(inputs.metrics or ()):
             inputs = tensor.inputs(around_base=True, without_base=True)
         shares = shares_of(inputs, tensor.parameters["floor"])
         compare(tensor, inputs, products_of(inputs, with_base=True))
         tensor.run.weigh(inputs.name, shares)
 
     def _inputs(self, tensor: TensorToMerge) -> Inputs:
-        own_changes = tensor.is_in_own_changes
-        around_base = own_changes and tensor.is_layer and self._has_base(tensor)
+        is_layer = tensor.is_in_own_changes and tensor.is_layer
+        around_base = is_layer and self._has_base(tensor)
         grams = any(isinstance(metric, InputGram) for metric in (tensor.metrics or {}).values())
         inputs = tensor.inputs(
             around_base=around_base,
-            without_base=own_changes or tensor.parameters["origin"] == "base",
+            without_base=tensor.parameters["origin"] == "base",
             by_layer=around_base or grams,
         )
         if inputs.metrics_are_zero:

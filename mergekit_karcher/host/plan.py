@@ -32,6 +32,7 @@ from mergekit_karcher.host.config_checks import (
     settings_in,
 )
 from mergekit_karcher.host.graph import (
+    around_base_if_in_changes,
     changes_vocabulary,
     has_metric,
     is_in_own_changes,
@@ -126,6 +127,7 @@ def rewrite_plan(
     Raises:
         KarcherError: For what the config may not ask for, or the plan may not contain.
     """
+    tasks = around_base_if_in_changes(tasks)
     title = os.path.basename(os.path.abspath(out_path))
     method = FISHER if config.merge_method == FISHER else KARCHER
     folder = _report_folder(title) if method == KARCHER else None

@@ -111,7 +111,7 @@ def _settings(config: Any, merges: Sequence[Any], asked_for: str) -> Settings:
         merge_method=asked_for,
         as_karcher=asked_for != config.merge_method,
         granularity=_used(merges, "granularity"),
-        origin=["base"] if all(map(is_in_own_changes, merges)) else _used(merges, "origin"),
+        origin=_used(merges, "origin"),
         magnitude=_used(merges, "magnitude"),
         dtype=config.dtype,
         out_dtype=config.out_dtype,

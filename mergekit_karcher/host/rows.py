@@ -18,7 +18,7 @@ _CONV1D_NAME = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc2?)\.weight$")
 _TRANSPOSED_EXPERTS = {"aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "qwen3_vl_moe"}
 # Tables that are looked up by index: their rows are not multiplied with an input.
 _EMBEDDING_NAME = re.compile(
-    r"(^|[._])(embed\w*|wte|wpe|shared|relative_attention_bias|position\w*|token_type\w*|pos_emb\w*)\."
+    r"(^|[._])(embed(?!_out)\w*|wte|wpe|shared|relative_attention_bias|position\w*|token_type\w*|pos_emb\w*)\."
 )
 _HEAD_NAME = re.compile(r"(^|\.)(lm_head|embed_out|output|head|proj_out|score)\.weight$")
 _EXPERTS_NAME = re.compile(r"(^|\.)(experts\.\w+|block_sparse_moe\.(input|output)_linear\.weight)$")
@@ -90,9 +90,11 @@ def is_layer(name: str, shape: Sequence[int]) -> bool:
     Neither are embeddings, nor convolutions of one channel each, which share no input.
     """
     is_weight = name.endswith(("weight", ".in_proj_weight")) or _EXPERTS_NAME.search(name)
-    if len(shape) < 2 or not is_weight or _EMBEDDING_NAME.search(name):
+    if len(shape) < 2 or not is_weight:
         return False
-    return len(shape) == 2 or _EXPERTS_NAME.search(name) is not None or shape[1] > 1
+    if len(shape) == 2:
+        return not _EMBEDDING_NAME.search(name)
+    return _EXPERTS_NAME.search(name) is not None or shape[1] > 1
 
 
 def is_head(name: str) -> bool:
