@@ -66,7 +66,7 @@ def replaced(value, stand, stages):
         names_a_model = key in ("model", "base_model", "metric") or (
             key == "source" and "/" in item
         )
-        if names_a_model and item not in stages:
+        if names_a_model and item not in (*stages, "self"):
             result[key] = "+".join(stand[part] for part in item.split("+"))
         else:
             result[key] = replaced(item, stand, stages)

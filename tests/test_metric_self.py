@@ -31,7 +31,7 @@ def self_config(models, base, weights=None, **settings):
     return config | {"merge_method": "fisher"}
 
 
-def solved(layers, base, weights, ridge=0.1):
+def solved(layers, base, weights, ridge=0.3):
     """The mean of layers (out, in), from the normal equations as they are written."""
     layers, base = [layer.double().numpy() for layer in layers], base.double().numpy()
     changes = [layer - base for layer in layers]
@@ -228,7 +228,7 @@ def test_the_summary_says_what_was_done(tuned, merge):
     base, paths = tuned()
     output = merge(self_config(paths, base, WEIGHTS)).output
     assert "30 tensors merged, 22 of them in the metrics of their changes" in output
-    assert "metric: self, ridge: 0.1" in output
+    assert "metric: self, ridge: 0.3" in output
     assert "weights: m1 0.167, m2 0.333, m3 0.5; base: base" in output
     assert "as far from the base as unrelated models" not in output
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from by_layer import CONTESTANTS as BY_LAYER
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.merge_methods.karcher import karcher_merge_tensors
 from problem import State
@@ -95,6 +96,7 @@ WITH_BASE: dict[str, Merge] = {
     **_ours("row", "base", "linear"),
     **_ours("model", "base", "linear"),
     "unit rows, base, linear length": _rescaled_rows,
+    **BY_LAYER,
 }
 
 WITHOUT_BASE: dict[str, Merge] = {

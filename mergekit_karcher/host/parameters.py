@@ -56,7 +56,7 @@ _FLOOR = _parameter(
 )
 
 _RIDGE = _parameter(
-    "ridge", float, "a fraction of 0 or more, such as 0.1", RIDGE, check=check_ridge
+    "ridge", float, "a fraction of 0 or more, such as 0.3", RIDGE, check=check_ridge
 )
 
 # Of tensors that every model has and mergekit does not plan.

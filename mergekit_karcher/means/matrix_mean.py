@@ -17,7 +17,7 @@ from mergekit_karcher.means.inputs import Inputs
 _LOG = logging.getLogger(__name__)
 
 # Of the mean diagonal of the summed metrics.
-RIDGE = 0.1
+RIDGE = 0.3
 
 
 class MatrixMean(NamedTuple):
@@ -30,7 +30,7 @@ class MatrixMean(NamedTuple):
 def check_ridge(ridge: float) -> None:
     """Raise `KarcherError` unless ridge is a finite fraction of 0 or more."""
     if not 0 <= ridge < math.inf:
-        raise KarcherError(f"ridge is {ridge}: give a finite fraction of 0 or more, such as 0.1.")
+        raise KarcherError(f"ridge is {ridge}: give a finite fraction of 0 or more, such as 0.3.")
 
 
 def warn_of_unsolved(name: str) -> None:
