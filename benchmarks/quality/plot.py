@@ -15,7 +15,7 @@ from summary import BETTER, Group, groups
 _OURS = "karcher model, base"
 _LANGUAGE = "bits per byte"
 # What the chart of language models leaves to the tables: marks, and what nearly equals another.
-_LEFT_OUT = (BASE, "own expert", "geometry", LINEAR, "built-in karcher", "unit rows")
+_LEFT_OUT = (BASE, "own expert", "geometry", LINEAR, "built-in karcher", "unit rows", "dare_ties")
 _COLUMNS = 3
 _WIDTH, _HEIGHT = 5.0, 4.0
 
@@ -46,7 +46,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def _points(axes: Axes, found: Sequence[Group]) -> None:
     lambdas = [f"{TASK_ARITHMETIC} {value}" for value in LAMBDAS]
     names = [
-        name for name in found[0].results if name not in lambdas and not name.startswith(_LEFT_OUT)
+        name
+        for name in found[0].results
+        if name not in lambdas
+        and not name.startswith(_LEFT_OUT)
+        and all(name in group.results for group in found)
     ]
     rows = [*names, f"best {TASK_ARITHMETIC}"]
     for number, group in enumerate(found):
