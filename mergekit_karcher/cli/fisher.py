@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from mergekit_karcher.cli.main import examples, logged
+from mergekit_karcher.metrics.activation_run import ActivationSummary, metric_from_activations
 from mergekit_karcher.metrics.examples import Source
-from mergekit_karcher.metrics.run import metric_from_data, metric_from_optimizer
+from mergekit_karcher.metrics.run import Summary, metric_from_data, metric_from_optimizer
 
 
 @click.command(
@@ -19,6 +20,7 @@ from mergekit_karcher.metrics.run import metric_from_data, metric_from_optimizer
         "mergekit-karcher fisher org/model --data text.txt --true --out model-fisher",
         "mergekit-karcher fisher org/classifier --data nyu-mll/glue --subset mnli \\",
         "    --text premise --text hypothesis --out mnli-fisher",
+        "mergekit-karcher fisher ./expert --kind activations --data train.txt --out expert-inputs",
         "mergekit-karcher fisher --from-optimizer run/checkpoint-500 --model run/checkpoint-500 \\",
         "    --out run-metric",
     ),
@@ -29,6 +31,14 @@ from mergekit_karcher.metrics.run import metric_from_data, metric_from_optimizer
     "--data",
     help="What the model was trained on: a text, a file of records (.jsonl, .json, .csv, "
     ".parquet), or a dataset.",
+)
+@click.option(
+    "--kind",
+    type=click.Choice(["diagonal", "activations"]),
+    default="diagonal",
+    show_default=True,
+    help="From --data: the diagonal of the Fisher information, by gradients; or the second moments "
+    "of what each weight is multiplied with, by forward passes alone.",
 )
 @click.option(
     "--from-optimizer",
@@ -51,9 +61,7 @@ from mergekit_karcher.metrics.run import metric_from_data, metric_from_optimizer
     "--examples",
     "most",
     type=click.IntRange(1),
-    default=1000,
-    show_default=True,
-    help="Examples at most, drawn at random.",
+    help="Examples at most, drawn at random.  [default: 1000; of activations 128]",
 )
 @click.option(
     "--length",
@@ -65,9 +73,8 @@ from mergekit_karcher.metrics.run import metric_from_data, metric_from_optimizer
 @click.option(
     "--batch-size",
     type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Examples at a time: more is quicker for small models, and takes more memory.",
+    help="Examples at a time: more is quicker for small models, and takes more memory.  [default: "
+    "1; of activations as many as have 2048 tokens]",
 )
 @click.option("--subset", help="The configuration of a dataset.")
 @click.option("--split", default="train", show_default=True, help="The split of a dataset.")
@@ -89,6 +96,9 @@ def main(**options: Any) -> None:
     MODEL is a causal language model or a classifier, and is taken in float32. Memory is 12 bytes a
     parameter, 4 more for each example of a batch, and the activations.
 
+    With --kind activations: the mean of x x' over all inputs x of each linear layer. One block of
+    MODEL is in memory at a time.
+
     From --from-optimizer: what Adam kept while it trained MODEL.
     """
     models = [model for model in (options["model"], options["named"]) if model]
@@ -96,6 +106,8 @@ def main(**options: Any) -> None:
         raise click.UsageError("Give one model, as the argument or by --model.")
     if (options["data"] is None) == (options["optimizer"] is None):
         raise click.UsageError("Give either --data or --from-optimizer.")
+    if options["kind"] == "activations" and (options["optimizer"] or options["sampled"]):
+        raise click.UsageError("--kind activations takes --data, and neither optimizer nor --true.")
     if len(options["text"]) > 2:
         raise click.UsageError("Give one --text, or two for pairs.")
     out, quiet = options["out"], options["quiet"]
@@ -104,16 +116,35 @@ def main(**options: Any) -> None:
 
         # transformers shows progress bars wherever it loads a model.
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if options["optimizer"] is not None:
-        summary = metric_from_optimizer(models[0], out, options["optimizer"])
+    source = Source(**{name: options[name] for name in Source._fields})
+    if options["kind"] == "activations":
+        source = source._replace(most=source.most or 128)
+        how = {name: options[name] for name in ("batch_size", "device", "quiet")}
+        said = _of_activations(metric_from_activations(models[0], out, source, **how))
+    elif options["optimizer"] is not None:
+        said = _of_diagonal(metric_from_optimizer(models[0], out, options["optimizer"]))
     else:
-        source = Source(**{name: options[name] for name in Source._fields})
-        how = {name: options[name] for name in ("sampled", "batch_size", "device", "quiet")}
-        summary = metric_from_data(models[0], out, source, **how)
+        source = source._replace(most=source.most or 1000)
+        how = {name: options[name] for name in ("sampled", "device", "quiet")}
+        size = options["batch_size"] or 1
+        said = _of_diagonal(metric_from_data(models[0], out, source, batch_size=size, **how))
     if not quiet:
         click.echo(
-            f"{out}: the metric of {summary.parameters} parameters, {summary.mean:.3g} on average, "
-            f"{100 * summary.zeros:.3g} % of it zero. In a config, under the parameters of the "
-            f"model: metric: {out}",
+            f"{out}: {said}. In a config, under the parameters of the model: metric: {out}",
             err=True,
         )
+
+
+def _of_diagonal(summary: Summary) -> str:
+    return (
+        f"the metric of {summary.parameters} parameters, {summary.mean:.3g} on average, "
+        f"{100 * summary.zeros:.3g} % of it zero"
+    )
+
+
+def _of_activations(summary: ActivationSummary) -> str:
+    unused = f", {summary.unused} more that no token reached" if summary.unused else ""
+    return (
+        f"{summary.grams} input Grams of {summary.layers} layers, from {summary.tokens} "
+        f"tokens{unused}"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mergekit.graph import Task
 
 from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.host import compat
+from mergekit_karcher.host.activation_metrics import KIND, ActivationMetrics
 from mergekit_karcher.host.checkpoints import open_checkpoint
 from mergekit_karcher.host.documents import IDENTITY
 from mergekit_karcher.host.graph import (
@@ -26,6 +27,7 @@ from mergekit_karcher.host.graph import (
     named_metrics,
     names_of,
 )
+from mergekit_karcher.host.run import FISHER_NAMES
 
 _LOG = logging.getLogger(__name__)
 
@@ -46,16 +48,24 @@ class MetricFile:
         self.reference = reference
         self._targets: dict[str | None, dict[str, list[str]]] = {}
         try:
-            self.loader = open_checkpoint(reference, cache).loader
+            opened = open_checkpoint(reference, cache)
         except Exception as error:
             raise KarcherError(
                 f"The metric {reference} of {model} cannot be opened ({first_line(error)}): "
                 "give a folder or file of safetensors, or a Hub id."
             ) from None
+        self.loader = opened.loader
+        # A file may lie beside the metric.json of another metric.
+        about = None if Path(reference).is_file() else _about(opened.folder)
+        self.activations: ActivationMetrics | None = None
+        if about is not None and about.get("kind") == KIND:
+            self.activations = ActivationMetrics(self.loader, about, reference)
 
     @property
-    def names(self) -> Mapping[str, str]:
-        """The tensors that it has, with the file of each."""
+    def names(self) -> Collection[str]:
+        """The tensors that it has a metric of."""
+        if self.activations is not None:
+            return self.activations.names
         paths: Mapping[str, str] = self.loader.index.tensor_paths
         return paths
 
@@ -66,7 +76,7 @@ class MetricFile:
         return self._targets[model_type]
 
 
-class LoadMetric(Task[torch.Tensor]):  # type: ignore[misc]
+class LoadMetric(Task[Any]):  # type: ignore[misc]
     """One tensor of a metric, by the name that the model's checkpoint has for it.
 
     model_type: of a model whose checkpoints have that tensor in parts, under other names.
@@ -77,6 +87,12 @@ class LoadMetric(Task[torch.Tensor]):  # type: ignore[misc]
     model_type: str | None
     label: str | None
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether it is another metric than one everywhere."""
+        activations = self.file.activations
+        return activations is None or not activations.is_one(self.sources)
+
     def arguments(self) -> dict[str, Any]:
         return {}
 
@@ -86,13 +102,22 @@ class LoadMetric(Task[torch.Tensor]):  # type: ignore[misc]
     def group_label(self) -> str | None:
         return self.label
 
-    def execute(self, **_: Any) -> torch.Tensor:
+    @property
+    def sources(self) -> Sequence[str]:
+        """The names that the metric's own files have for it."""
+        if self.model_type is None:
+            return [self.tensor]
+        sources: Sequence[str] = self.file.targets(self.model_type)[self.tensor]
+        return sources
+
+    def execute(self, **_: Any) -> Any:
+        if self.file.activations is not None:
+            return self.file.activations.metric(self.tensor, self.model_type, self.sources)
         get = self.file.loader.get_tensor
         if self.model_type is None:
             tensor: torch.Tensor = get(self.tensor)
             return tensor
-        sources = self.file.targets(self.model_type)[self.tensor]
-        parts = {name: partial(get, name) for name in sources}
+        parts = {name: partial(get, name) for name in self.sources}
         whole: torch.Tensor | None = convert_checkpoint_tensors(self.model_type, parts, self.tensor)
         if whole is None:
             raise KarcherError(
@@ -132,12 +157,14 @@ class MetricFiles:
         """
         if not has_metric(merge):
             return ()
+        named = [*named_metrics(merge)]
         loads = [
             (model, self._load(merge, model, load, metric))
-            for model, load, metric in named_metrics(merge)
+            for model, load, metric in named
             if metric != IDENTITY
         ]
-        return tuple((model, load) for model, load in loads if load is not None)
+        self._check_kinds(merge, {model: metric for model, _, metric in named})
+        return tuple((model, load) for model, load in loads if load is not None and load.is_needed)
 
     def _load(self, merge: Any, model: Any, load: Any, metric: str) -> LoadMetric | None:
         """The task that loads one metric; None for a buffer, which none is needed for."""
@@ -174,6 +201,30 @@ class MetricFiles:
             "or give metric: identity for it by a filter."
         )
 
+    def _check_kinds(self, merge: Any, metrics: Mapping[Any, str]) -> None:
+        """Raise if metrics of activations are mixed with others, or given to another method."""
+        of_activations = [
+            model
+            for model, metric in metrics.items()
+            if metric in self._files and self._files[metric].activations is not None
+        ]
+        if not of_activations:
+            return
+        first, name = of_activations[0], merge.output_weight.name
+        if merge.method_name not in FISHER_NAMES:
+            raise KarcherError(
+                f"The metric {metrics[first]} of {first} is of activations, which "
+                f"{merge.method_name} has no use for: take merge_method: fisher, or diagonal "
+                "metrics."
+            )
+        other = next((model for model in metrics if model not in of_activations), None)
+        if other is not None:
+            raise KarcherError(
+                f"{name} has a metric of activations for {first}, but {metrics[other]} for "
+                f"{other}, whose scales have nothing to do with each other: give all models metrics "
+                "of one kind."
+            )
+
     def _opened(self, metric: str, model: str) -> MetricFile:
         if metric not in self._files:
             self._files[metric] = MetricFile(metric, model, self._cache)
@@ -190,7 +241,7 @@ def warn_of_mixed_metrics(merges: Sequence[Any]) -> None:
     made: dict[str, str] = {}
     models = {os.path.realpath(model): model for model, _ in used}
     for model, metric in sorted(used):
-        about = _about(metric)
+        about = _about(Path(metric))
         if about is None:
             continue
         made[model] = ", ".join(str(about[key]) for key in ("kind", "length") if key in about)
@@ -205,10 +256,10 @@ def warn_of_mixed_metrics(merges: Sequence[Any]) -> None:
         )
 
 
-def _about(metric: str) -> dict[str, Any] | None:
+def _about(folder: Path) -> dict[str, Any] | None:
     """What `mergekit-karcher fisher` said of a metric in a local folder."""
     try:
-        about: dict[str, Any] = json.loads((Path(metric) / "metric.json").read_text("utf-8"))
+        about: dict[str, Any] = json.loads((folder / "metric.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    return about
+    return about if isinstance(about, dict) else None

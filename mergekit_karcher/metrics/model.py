@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from mergekit_karcher.errors import KarcherError, first_line
+from mergekit_karcher.metrics.examples import Source
 
 
-def load_model(reference: str, *, empty: bool = False) -> nn.Module:
-    """Load a Hugging Face model, a folder or a Hub id, in float32 and evaluation mode on the CPU.
+def class_of(reference: str) -> tuple[Any, Any]:
+    """The config of a model and its class in transformers.
 
-    An empty one has no weights, and its parameters are on the meta device. Raises KarcherError if
-    the model cannot be loaded, if its weights have other shapes than its config says, or if some
-    are missing and it is not to be empty.
+    Raises KarcherError if transformers cannot read the config, or does not have the class.
     """
     import transformers
 
@@ -33,6 +33,17 @@ def load_model(reference: str, *, empty: bool = False) -> nn.Module:
             f"The config of {reference} asks for {architecture}, which this transformers does not "
             "have: name a model of a class that it knows."
         )
+    return config, model_class
+
+
+def load_model(reference: str, *, empty: bool = False) -> nn.Module:
+    """Load a Hugging Face model, a folder or a Hub id, in float32 and evaluation mode on the CPU.
+
+    An empty one has no weights, and its parameters are on the meta device. Raises KarcherError if
+    the model cannot be loaded, if its weights have other shapes than its config says, or if some
+    are missing and it is not to be empty.
+    """
+    _, model_class = class_of(reference)
     try:
         model, loading = model_class.from_pretrained(
             reference,
@@ -79,11 +90,40 @@ def classes_of(model: nn.Module, reference: str) -> dict[str, int] | None:
     )
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A SHA-256, in hex, that tells the weights of a model in float32 from others.
+def tokenizer_of(reference: str) -> Any:
+    """The tokenizer of a model; raises KarcherError if it has none."""
+    from transformers import AutoTokenizer
 
-    It is made of the sum of each parameter's bits, as integers: a sum of the numbers themselves
-    would depend on the number of threads.
+    try:
+        return AutoTokenizer.from_pretrained(reference)
+    except Exception as error:
+        raise KarcherError(f"{reference} has no tokenizer ({first_line(error)}).") from None
+
+
+def fitting(source: Source, model: nn.Module, tokenizer: Any) -> Source:
+    """A source whose examples are no longer than what a model and its tokenizer can take."""
+    config: Any = model.config
+    positions = getattr(config, "max_position_embeddings", None) or source.length
+    return source._replace(length=min(source.length, positions, tokenizer.model_max_length))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A SHA-256, in hex, that tells the weights of a model in float32 from others."""
+    return fingerprint_of(model.parameters())
+
+
+def fingerprint_of(weights: Iterable[torch.Tensor]) -> str:
+    """A SHA-256, in hex, that tells tensors in float32 from others.
+
+    It is made of the sum of each one's bits, as integers: a sum of the numbers themselves would
+    depend on the number of threads.
     """
-    sums = [int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in model.parameters()]
+    sums = [_sum_of_bits(weight.detach()) for weight in weights]
     return hashlib.sha256(repr(sums).encode()).hexdigest()
+
+
+def _sum_of_bits(weight: torch.Tensor) -> int:
+    if weight.is_contiguous() and weight.numel() % 2 == 0 and weight.storage_offset() % 2 == 0:
+        # Two numbers at a time, without a cast; the sum may wrap around.
+        return int(weight.view(-1).view(torch.int64).sum())
+    return int(weight.view(torch.int32).sum(dtype=torch.int64))

@@ -9,13 +9,19 @@ import click
 import torch
 from torch import nn
 
-from mergekit_karcher.errors import KarcherError, first_line
+from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.files import PARTIAL, replacing
 from mergekit_karcher.metrics.accumulate import SUMS_FILE, accumulate
 from mergekit_karcher.metrics.adam import adam_metric
 from mergekit_karcher.metrics.diagonal import DiagonalFisher
 from mergekit_karcher.metrics.examples import Example, Source, digest, read_examples
-from mergekit_karcher.metrics.model import classes_of, fingerprint, load_model
+from mergekit_karcher.metrics.model import (
+    classes_of,
+    fingerprint,
+    fitting,
+    load_model,
+    tokenizer_of,
+)
 from mergekit_karcher.metrics.store import check_names, write_metric
 
 
@@ -44,20 +50,14 @@ def metric_from_data(
     same settings, which then goes on. Raises KarcherError if it is no such run, if the model or the
     data cannot be read or do not fit, if a gradient is not finite, or after Ctrl-C.
     """
-    from transformers import AutoTokenizer
-
     if out.exists() and not _is_interrupted_run(out):
         raise KarcherError(f"{out} exists: name a new folder by --out.")
     model = load_model(reference)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     classes = classes_of(model, reference)
     check_names(reference, model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(reference)
-    except Exception as error:
-        raise KarcherError(f"{reference} has no tokenizer ({first_line(error)}).") from None
-    positions = getattr(model.config, "max_position_embeddings", None) or source.length
-    source = source._replace(length=min(source.length, positions, tokenizer.model_max_length))
+    tokenizer = tokenizer_of(reference)
+    source = fitting(source, model, tokenizer)
     examples = read_examples(source, tokenizer, classes, quiet=quiet)
     decisive = {
         **source._asdict(),

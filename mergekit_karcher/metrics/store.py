@@ -20,7 +20,7 @@ from mergekit_karcher.host.checkpoints import open_checkpoint
 
 _LOG = logging.getLogger(__name__)
 
-_SCHEMA = "mergekit-karcher/metric/1"
+SCHEMA = "mergekit-karcher/metric/1"
 
 
 def check_names(reference: str, model: nn.Module) -> None:
@@ -55,7 +55,7 @@ def write_metric(
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
-    about = {"schema": _SCHEMA, "version": __version__, "model": reference, **about}
+    about = {"schema": SCHEMA, "version": __version__, "model": reference, **about}
     write_text(folder / "metric.json", json.dumps(about, indent=1) + "\n")
 
 
@@ -67,10 +67,10 @@ def _as_in_checkpoint(
 
     checkpoint = open_checkpoint(reference)
     stored = set(checkpoint.index.tensor_paths)
-    tied, given = _tied_names(model), {id(tensor) for tensor in metric.values()}
+    tied, given = tied_names(model), {id(tensor) for tensor in metric.values()}
     tensors = {}
     for name, tensor in revert_weight_conversion(model, dict(metric)).items():  # type: ignore[arg-type]
-        stored_names = [n for n in _names_in_checkpoint(name, model, tied) if n in stored]
+        stored_names = [n for n in names_in_checkpoint(name, model, tied) if n in stored]
         if not stored_names:
             raise KarcherError(
                 f"{reference} has no {name}, which transformers calls a parameter of it: save the "
@@ -80,7 +80,7 @@ def _as_in_checkpoint(
             # What was stacked comes back as views of one memory, which safetensors does not write.
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         tensors[stored_names[0]] = tensor.contiguous()
-    copies = {n for name in tied for n in _names_in_checkpoint(name, model, tied)}
+    copies = {n for name in tied for n in names_in_checkpoint(name, model, tied)}
     others = {
         name: torch.zeros(tensor.shape)
         for name in sorted(stored - set(tensors) - copies)
@@ -97,7 +97,7 @@ def _as_in_checkpoint(
     return tensors | others
 
 
-def _tied_names(model: nn.Module) -> dict[str, list[str]]:
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """All names of each parameter that has more than one, by each of them."""
     by_parameter: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -105,7 +105,7 @@ def _tied_names(model: nn.Module) -> dict[str, list[str]]:
     return {name: names for names in by_parameter.values() if len(names) > 1 for name in names}
 
 
-def _names_in_checkpoint(name: str, model: nn.Module, tied: Mapping[str, list[str]]) -> list[str]:
+def names_in_checkpoint(name: str, model: nn.Module, tied: Mapping[str, list[str]]) -> list[str]:
     """What a checkpoint may call a parameter: it may leave out, or add, the name of the trunk."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     names = [name, *tied.get(name, ())]
