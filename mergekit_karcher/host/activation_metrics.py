@@ -44,7 +44,7 @@ class ActivationMetrics:
         self._ones = set(about["ones"])
         entries = set(self._grams.values())
         diagonal = {n for n in self._stored if n.rpartition(".input_gram")[0] not in entries}
-        self.names = {*self._grams, *self._unused, *self._ones, *diagonal}
+        self.names = dict.fromkeys(sorted({*self._grams, *self._unused, *self._ones, *diagonal}))
 
     def is_one(self, sources: Sequence[str]) -> bool:
         """Whether tensors of the checkpoint have a metric of one, as biases have."""

@@ -220,9 +220,9 @@ class MetricFiles:
         other = next((model for model in metrics if model not in of_activations), None)
         if other is not None:
             raise KarcherError(
-                f"{name} has a metric of activations for {first}, but {metrics[other]} for "
-                f"{other}, whose scales have nothing to do with each other: give all models metrics "
-                "of one kind."
+                f"{name} has a metric of activations for {first}, but {metrics[other] or 'none'} "
+                f"for {other}, whose scales have nothing to do with each other: give all models "
+                "metrics of one kind."
             )
 
     def _opened(self, metric: str, model: str) -> MetricFile:

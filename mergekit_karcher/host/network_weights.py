@@ -33,7 +33,7 @@ class NetworkWeights:
         self._loader = open_checkpoint(reference).loader
         self.stored = set(self._loader.index.tensor_paths)
         self._headers = headers_of(self._loader.index)
-        self._targets = compat.conversion_sources(model_type, self.stored)
+        self._targets = compat.conversion_sources(model_type, sorted(self.stored))
 
     def sources(self, names: Sequence[str]) -> list[str]:
         """What a tensor is read from: one name, or more if it is put together; none if it is not.

@@ -202,7 +202,7 @@ class _Run:
             if is_there:
                 part.run(batch)
             else:
-                with sums.watching():
+                with sums.watching(len(self._ids[batch])):
                     part.run(batch)
             bar.update()
         if not is_there:

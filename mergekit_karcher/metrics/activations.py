@@ -31,6 +31,9 @@ _OPERANDS = {
     "embedding": (0, 1),
 }
 
+# Those that some networks call with the weight first.
+_FROM_THE_LEFT = ("matmul", "__matmul__", "mm")
+
 # Rows that are multiplied in float32 before the product is added to a float64 sum.
 _ROWS = 4096
 
@@ -96,10 +99,16 @@ class ActivationSums:
         self._first_of: dict[str, str] = {}
         self._inputs: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
         self._is_measuring = False
+        self._examples = 1
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Add what the network computes in the block, which is one forward pass."""
+    def watching(self, examples: int) -> Iterator[None]:
+        """Add what the network computes in the block, which is one forward pass.
+
+        Arguments:
+            examples: How many there are in the batch.
+        """
+        self._examples = examples
         with ExitStack() as stack:
             for name, module in self._norms.items():
                 hook = module.register_forward_hook(self._norm_hook(name), with_kwargs=True)
@@ -146,11 +155,16 @@ class ActivationSums:
             args: What it was called with.
         """
         place, of_weight = _OPERANDS[function]
-        if len(args) <= of_weight or not isinstance(args[of_weight], Tensor):
+        if len(args) <= of_weight:
             return None
         inputs, weight = args[place], args[of_weight]
+        if not isinstance(inputs, Tensor) or not isinstance(weight, Tensor):
+            return None
         name = self._name_of(weight)
-        if name is None or not isinstance(inputs, Tensor):
+        if name is None and function in _FROM_THE_LEFT and inputs.ndim > 1 and weight.ndim > 1:
+            inputs, weight = weight.mT, inputs
+            name = self._name_of(weight)
+        if name is None:
             return None
         if function == "embedding":
             self._count(name, inputs)
@@ -167,6 +181,9 @@ class ActivationSums:
     def _count(self, name: str, ids: Tensor) -> None:
         rows = len(self._parameters[name])
         counts = torch.bincount(ids.flatten(), minlength=rows).double()
+        if ids.ndim < 2 or len(ids) == 1:
+            # Positions are looked up once for all examples of a batch.
+            counts *= self._examples
         self._rows[name] = self._rows.get(name, 0) + counts
 
     def _add_inputs(self, name: str, inputs: Tensor, weight: Tensor) -> None:
@@ -275,7 +292,7 @@ def activation_metrics(
     parameters = dict(model.named_parameters())
     sums, tokens = ActivationSums(parameters, model.modules()), 0
     for ids in batches:
-        with sums.watching():
+        with sums.watching(len(ids)):
             model(input_ids=ids.to(next(iter(parameters.values())).device))
         tokens += ids.numel()
     measured = sums.measured(tokens)
