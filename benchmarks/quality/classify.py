@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from cache import cached
+from from_data import WINDOWS, input_grams
 from images import PIXELS, Images, Split, data_sets
-from problem import Expert, Metrics, Problem, State
+from problem import Data, Expert, Metrics, Problem, State
 from torch import nn
 
 _CLASSES = 10
+# What `Data` calls a window.
+_WINDOW = 64
 _TASKS = 8
 
 
@@ -87,6 +90,8 @@ def eight_tasks(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator
                 )
                 for task, head in judges.values()
             ]
+            seen = partial(_seen, judges, seed, sizes.expert)
+            data = Data(partial(_grams, seen, width), partial(_fisher, judges, seen, width))
             for count in sizes.counts:
                 yield Problem(
                     section,
@@ -94,6 +99,7 @@ def eight_tasks(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator
                     base,
                     experts[:count],
                     partial(_judge, judges, width),
+                    data,
                 )
 
 
@@ -189,6 +195,52 @@ def _train_expert(
 
 def _state(module: nn.Module) -> State:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def _seen(
+    judges: dict[str, tuple[Task, State]], seed: int, training: Training, task: str, windows: int
+) -> Split:
+    """The first of the random images that were drawn for measuring, from those of training."""
+    own, _ = judges[task]
+    generator = torch.Generator().manual_seed(1000 + seed)
+    most = replace(training, batch=WINDOWS[-1] * _WINDOW)
+    batch = own.batch(most, generator)
+    return Split(batch.images[: windows * _WINDOW], batch.labels[: windows * _WINDOW])
+
+
+def _grams(seen: Callable[[str, int], Split], width: int, expert: Expert, windows: int) -> State:
+    trunk = _trunk(width)
+    trunk.load_state_dict(expert.state)
+    images = seen(expert.task, windows).images
+    return input_grams(trunk, lambda: trunk(images))
+
+
+def _fisher(
+    judges: dict[str, tuple[Task, State]],
+    seen: Callable[[str, int], Split],
+    width: int,
+    expert: Expert,
+    windows: int,
+) -> State:
+    """Of a linear layer, an example's squared gradient is the product of two squares."""
+    trunk, head = _trunk(width), _head(width)
+    trunk.load_state_dict(expert.state)
+    head.load_state_dict(judges[expert.task][1])
+    split = seen(expert.task, windows)
+    passed: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    hidden = split.images
+    for name, layer in trunk.named_children():
+        before, hidden = hidden, layer(hidden)
+        if isinstance(layer, nn.Linear):
+            passed[name] = (before.detach(), hidden)
+    loss = nn.functional.cross_entropy(head(hidden), split.labels, reduction="sum")
+    gradients = torch.autograd.grad(loss, [after for _, after in passed.values()])
+    found = {}
+    for (name, (before, _)), gradient in zip(passed.items(), gradients, strict=True):
+        squares = gradient.square()
+        found[f"{name}.weight"] = squares.T @ before.square() / len(squares)
+        found[f"{name}.bias"] = squares.mean(0)
+    return found
 
 
 def _judge(judges: dict[str, tuple[Task, State]], width: int, state: State, name: str) -> Metrics:

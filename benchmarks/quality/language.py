@@ -11,9 +11,15 @@ from pathlib import Path
 import torch
 import train as demo
 from cache import cached
-from problem import Expert, Metrics, Problem, State
+from from_data import diagonal_fisher, input_grams, windows_of
+from problem import Data, Expert, Metrics, Problem, State
 from texts import KINDS, load
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from mergekit_karcher.metrics.diagonal import Batch
+
+# Gradients of so many windows are held at once.
+_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,8 @@ def problems(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator[Pr
         ]
         case = {"seed": seed, "parameters": model.num_parameters(), "N": len(experts)}
         case["expert_steps"] = sizes.expert_steps
-        yield Problem(section, case, base, experts, partial(judge, model, windows))
+        data = Data(partial(_grams, model, streams, seed), partial(_fisher, model, streams, seed))
+        yield Problem(section, case, base, experts, partial(judge, model, windows), data)
 
 
 def model_of(sizes: Sizes) -> LlamaForCausalLM:
@@ -88,6 +95,23 @@ def _train_expert(base: State, sizes: Sizes, kind: str, stream: torch.Tensor) ->
     rate = demo.SETTINGS["expert"]["learning_rate"]
     demo.train(model, [stream], kind, sizes.expert_steps, rate)
     return state_of(model)
+
+
+def _grams(
+    model: LlamaForCausalLM, streams: dict[str, torch.Tensor], seed: int, own: Expert, count: int
+) -> State:
+    load_state(model, own.state)
+    model.eval()
+    seen = windows_of(streams[own.task], demo.SETTINGS["context"], count, seed)
+    return input_grams(model, lambda: model(input_ids=seen))
+
+
+def _fisher(
+    model: LlamaForCausalLM, streams: dict[str, torch.Tensor], seed: int, own: Expert, count: int
+) -> State:
+    load_state(model, own.state)
+    seen = windows_of(streams[own.task], demo.SETTINGS["context"], count, seed)
+    return diagonal_fisher(model, map(Batch, seen.split(_BATCH)))
 
 
 def state_of(model: LlamaForCausalLM) -> State:

@@ -21,6 +21,19 @@ class Expert:
 
 
 @dataclass(frozen=True)
+class Data:
+    """What an expert's training data says of its weights, of a number of windows of it.
+
+    A window is one of a text, as long as those of training, or 64 images. More windows contain the
+    fewer. grams: the input Grams of its linear layers, by the names of their weights. fisher: the
+    diagonal Fisher information of all weights, a window of a text or an image at a time.
+    """
+
+    grams: Callable[[Expert, int], State]
+    fisher: Callable[[Expert, int], State] | None = None
+
+
+@dataclass(frozen=True)
 class Problem:
     """One set at one seed and size; base is None where the experts have none in common."""
 
@@ -29,6 +42,7 @@ class Problem:
     base: State | None
     experts: Sequence[Expert]
     judge: Callable[[State, str], Metrics]
+    data: Data | None = None
 
     @property
     def tasks(self) -> list[str]:

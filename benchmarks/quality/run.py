@@ -27,6 +27,7 @@ from rows import Row, row
 sys.path.pop()
 
 import classify
+import from_data
 import language
 import smollm
 from contestants import BASE, OWN, WITH_BASE, WITHOUT_BASE
@@ -81,6 +82,8 @@ def measure(problem: Problem, wanted: Sequence[str] | None) -> Iterator[Row]:
         if wanted is None or name in wanted:
             merged = merge(problem.base, states)
             yield found(name, problem.evaluate(merged), effective_lambda(problem, merged))
+    for name, merged in from_data.merges(problem, wanted):
+        yield found(name, problem.evaluate(merged), effective_lambda(problem, merged))
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
@@ -109,7 +112,10 @@ def main() -> None:
         "--cache", type=Path, default=_HERE / ".cache", help="trained weights, data"
     )
     parser.add_argument(
-        "--contestants", choices={**WITH_BASE, **WITHOUT_BASE}, nargs="+", metavar="CONTESTANT"
+        "--contestants",
+        choices=[*WITH_BASE, *WITHOUT_BASE, *from_data.FROM_DATA],
+        nargs="+",
+        metavar="CONTESTANT",
     )
     parser.add_argument("--out", type=Path, help="JSON file; default: beside this script")
     options = parser.parse_args()

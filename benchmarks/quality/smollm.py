@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from cache import cached
-from problem import Expert, Metrics, Problem, State
+from from_data import input_grams, windows_of
+from problem import Data, Expert, Metrics, Problem, State
 from texts import KINDS, load
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
@@ -53,7 +54,9 @@ def problems(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator[Pr
             train = partial(_train, model, base, stream, kind, seed, sizes)
             experts.append(Expert(kind, cached(cache, f"smollm-{kind}", settings, train)))
         case = {"seed": seed, "parameters": model.num_parameters(), "N": len(experts)}
-        yield Problem(section, case | {"expert_steps": sizes.expert_steps}, base, experts, judge)
+        case["expert_steps"] = sizes.expert_steps
+        data = Data(partial(_grams, model, streams, seed))
+        yield Problem(section, case, base, experts, judge, data)
 
 
 def pretrained(cache: Path) -> tuple[PreTrainedModel, AutoTokenizer]:
@@ -90,6 +93,16 @@ def _train(
         optimizer.zero_grad()
         schedule.step()
     return _state(model)
+
+
+def _grams(
+    model: PreTrainedModel, streams: dict[str, torch.Tensor], seed: int, own: Expert, count: int
+) -> State:
+    load_state(model, own.state)
+    model.eval()
+    seen = windows_of(streams[own.task], CONTEXT, count, seed)
+    # The body alone: the head is merged with the embedding.
+    return input_grams(model, lambda: [model.model(input_ids=some) for some in seen.split(4)])
 
 
 def _state(model: PreTrainedModel) -> State:

@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from contestants import BASE, LINEAR, OWN, WITH_BASE, WITHOUT_BASE
+from from_data import FROM_DATA
 from rows import Row
 
 BETTER = {"accuracy": max, "loss": min, "bits per byte": min}
@@ -60,7 +61,7 @@ class Group:
 
 def groups(rows: Iterable[Row]) -> list[Group]:
     """Rows by set and case, contestants in their own order whenever they were run."""
-    order = dict.fromkeys([BASE, OWN, *WITH_BASE, *WITHOUT_BASE])
+    order = dict.fromkeys([BASE, OWN, *WITH_BASE, *WITHOUT_BASE, *FROM_DATA])
     found: dict[tuple[str, str], dict[str, dict[int, Any]]] = {}
     # Whatever is no contestant comes first.
     ranks = {name: rank for rank, name in enumerate(order)}
