@@ -44,10 +44,10 @@ nearest to the merge, base + lambda * (sum of task vectors); linear has 1/N. The
 arithmetic were not chosen on other data than what is shown, so its best line is optimistic.
 `karcher G, O`: this package with granularity G and origin O; where no length is named it is
 arithmetic. `self`: its `fisher` with `metric: self`. Iso-C and TSV-M: short references at scale 1.
-`ties` and `dare_ties`: mergekit's at a density of 0.2. `input Grams`: `fisher` in the second moments
-of each linear layer's inputs over 4, 16 or 64 windows of the expert's own training data (64 images
-are a window); alpha: off-diagonal entries times that, and a ridge of 0.0001. Diagonal Fisher: from
-the same windows, an example at a time.
+`ties` and `dare_ties`: mergekit's at a density of 0.2. `input Grams`: `fisher` in the second
+moments of each linear layer's inputs over 4, 16 or 64 windows of the expert's own training data
+(64 images are a window); alpha: off-diagonal entries times that, and a ridge of 0.0001. Diagonal
+Fisher: from the same windows, an example at a time.
 """
 
 
