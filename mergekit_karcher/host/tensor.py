@@ -5,22 +5,25 @@ Imported once mergekit's own classes are there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mergekit.merge_methods.base import TensorGroup
+from mergekit.merge_methods.base import TensorEntry, TensorGroup
 
 from mergekit_karcher.host.checks import no_base
 from mergekit_karcher.host.documents import SELF
 from mergekit_karcher.host.rows import RowLayout
 from mergekit_karcher.host.run import MergeRun
+from mergekit_karcher.kernels.overlap import input_products
 from mergekit_karcher.means.input_gram import InputGram
 from mergekit_karcher.means.inputs import Inputs, checked_inputs
 from mergekit_karcher.means.products import Products
 from mergekit_karcher.report.observation import observed
 from mergekit_karcher.sphere.pairwise import geometry_of_gram
+from mergekit_karcher.sphere.trig import Floats
 
 
 class TensorToMerge(NamedTuple):
@@ -92,9 +95,33 @@ def compare(tensor: TensorToMerge, inputs: Inputs, products: Products) -> None:
     run.compare(inputs.name, inputs.tensors[0].numel(), pairs, around_base=around_base)
     if run.watched:
         entries = group.non_base if around_base else group.entries
-        models = [str(entries[place].id) for place in inputs.places]
+        counted = [entries[place] for place in inputs.places]
+        models = [str(entry.id) for entry in counted]
         base = None if group.base is None else str(group.base.id)
-        run.observe(observed(inputs, products, models, base))
+        of_inputs = _input_products(tensor, counted)
+        run.observe(observed(inputs, products, models, base, of_inputs))
+
+
+def _input_products(tensor: TensorToMerge, entries: Sequence[TensorEntry]) -> Floats | None:
+    """`input_products` of N models' changes of a linear layer, (N, N); NaN for a base among them.
+
+    None where there are no two changes from a base. Of stacked experts, their average.
+    """
+    base = tensor.group.base
+    changed = [place for place, entry in enumerate(entries) if not entry.is_base]
+    if base is None or not tensor.is_layer or len(changed) < 2:
+        return None
+    stacks = [tensor.rows.layers(one.tensor) for one in (base, *(entries[p] for p in changed))]
+    if stacks[0].ndim == 2:
+        stacks = [stack[None] for stack in stacks]
+    seed = zlib.crc32(tensor.name.encode())
+    layers = zip(*(stack.unbind() for stack in stacks), strict=True)
+    found = np.stack([input_products(ours, origin, seed) for origin, *ours in layers])
+    known = np.isfinite(found).sum(0)
+    result = np.full((len(entries), len(entries)), np.nan)
+    average = np.where(known > 0, np.nansum(found, 0) / np.maximum(known, 1), np.nan)
+    result[np.ix_(changed, changed)] = average
+    return result
 
 
 def _on(device: torch.device, metric: Any, turned: Callable[[torch.Tensor], torch.Tensor]) -> Any:

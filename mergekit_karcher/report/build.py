@@ -14,6 +14,7 @@ from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.report.apart import apart, average
 from mergekit_karcher.report.kinds import ORDER, kind_of, layer_of
 from mergekit_karcher.report.observation import RMS_ROUNDING, Observation
+from mergekit_karcher.report.overlap import of_inputs
 from mergekit_karcher.report.schema import (
     NOISE,
     SCHEMA,
@@ -31,6 +32,9 @@ from mergekit_karcher.report.verdict import verdict_of
 from mergekit_karcher.sphere.pairwise import PairwiseGeometry, as_seen_from, joined
 from mergekit_karcher.sphere.trig import Floats
 from mergekit_karcher.sphere.unit_vectors import normalised
+
+# Makes a tensor of what is known of its mean.
+Described = Callable[..., Tensor]
 
 
 class Planned(NamedTuple):
@@ -76,16 +80,17 @@ def build(
             "There is nothing to report on: this config merges no tensor of floating-point numbers."
         )
     base = models.index(planned.base) if planned.base in models else None
-    tensors = [
-        _weighed(planned, observation, shares[observation.name])
-        if shares
-        else _tensor(planned, observation, means[observation.name])
-        for observation in observed
-    ]
-    of_kinds = {kind: [tensor for tensor in tensors if tensor.kind == kind] for kind in ORDER}
     whole = joined([observation.zero for observation in observed])
     tasks, rounding = _whole_tasks(whole, base, observed)
     noise = noise_in(rounding)
+    tensors = [
+        _weighed(described, observation, shares[observation.name])
+        if shares
+        else _tensor(planned, described, observation, means[observation.name])
+        for observation in observed
+        for described in [_described(planned, observation, noise)]
+    ]
+    of_kinds = {kind: [tensor for tensor in tensors if tensor.kind == kind] for kind in ORDER}
     report = Report(
         schema=SCHEMA,
         version=__version__,
@@ -102,7 +107,10 @@ def build(
     return report.model_copy(update={"verdict": verdict_of(report)})
 
 
-def _tensor(planned: Planned, observation: Observation, mean: KarcherMean) -> Tensor:
+def _tensor(
+    planned: Planned, described: Described, observation: Observation, mean: KarcherMean
+) -> Tensor:
+    """A tensor that karcher merges."""
     weights, sphere, shares = observation.weights, observation.sphere, _shares(observation)
     coefficients, gap, difference = None, None, None
     if planned.granularities[observation.name] == "row":
@@ -120,7 +128,7 @@ def _tensor(planned: Planned, observation: Observation, mean: KarcherMean) -> Te
         difference = _listed(_length(sphere, known - shares) / (length or np.nan))
     directed = np.isfinite(angles)
     squared = shares[directed] @ angles[directed] ** 2 / (shares[directed].sum() or 1)
-    return _described(planned, observation)(
+    return described(
         coefficients=None if coefficients is None else _listed(coefficients),
         angles_to_mean=_listed(angles),
         spread=float(np.sqrt(squared)) if directed.any() else None,
@@ -131,9 +139,9 @@ def _tensor(planned: Planned, observation: Observation, mean: KarcherMean) -> Te
     )
 
 
-def _weighed(planned: Planned, observation: Observation, shares: Floats) -> Tensor:
+def _weighed(described: Described, observation: Observation, shares: Floats) -> Tensor:
     """A tensor that fisher merges."""
-    return _described(planned, observation)(
+    return described(
         coefficients=None,
         angles_to_mean=[None] * len(observation.weights),
         spread=None,
@@ -145,8 +153,8 @@ def _weighed(planned: Planned, observation: Observation, shares: Floats) -> Tens
     )
 
 
-def _described(planned: Planned, observation: Observation) -> Callable[..., Tensor]:
-    """A tensor, but for what is known of its mean."""
+def _described(planned: Planned, observation: Observation, noise: Sequence[int]) -> Described:
+    """A tensor, but for what is known of its mean; noise: models whose changes are only that."""
     name, origin, sphere = observation.name, observation.origin, observation.sphere
     other = "zero" if origin == "base" else "base"
     from_other, base, shares = observation.view(other), observation.base, _shares(observation)
@@ -160,6 +168,7 @@ def _described(planned: Planned, observation: Observation) -> Callable[..., Tens
         **dict(_view(origin, sphere, sphere.linear_length(shares))),
         other=_view(other, from_other, from_other.linear_length(shares)) if from_other else None,
         rounding=_listed(_rounding(observation) / _unless_zero(base.norms)) if base else None,
+        **of_inputs(observation.input_products, shares, noise),
     )
 
 
@@ -265,6 +274,8 @@ def _kind(kind: str, tensors: Sequence[Tensor], base: int | None, noise: Sequenc
         task_is_noise=only_noise or (_rounding_median(tensors, noise) or 0.0) >= NOISE,
         task_linear_length_average=_average_length(tensors, "base"),
         shares=_average_shares(tensors),
+        input_overlap_average=average([(t.input_overlap, t.size) for t in tensors]),
+        inputs_in_use_average=average([(t.inputs_in_use, t.size) for t in tensors]),
         angle_median=_median(angles),
         angle_largest=max(angles, default=None),
         spread_median=_median(tensor.spread for tensor in tensors),

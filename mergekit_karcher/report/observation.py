@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mergekit_karcher.kernels.chords import squared_chord
 from mergekit_karcher.means.inputs import Inputs
@@ -46,6 +47,8 @@ class Observation:
     base: as seen from the base; None where it is not among them.
     roundoffs: (M,) the largest relative rounding error of the values that arrived, by the
         narrowest dtype that holds them: a bfloat16 file stays one when it is cast to float32.
+    input_products: (M, M) `kernels.overlap.input_products`, NaN for models without a change; None
+        where the tensor is no linear layer or has no base.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Observation:
     zero: PairwiseGeometry
     base: PairwiseGeometry | None
     roundoffs: Floats
+    input_products: Floats | None = None
 
     def view(self, origin: str) -> PairwiseGeometry | None:
         """The models as seen from that origin; None where there is no base."""
@@ -75,6 +79,7 @@ class Observation:
         count = len(models)
         weights, roundoffs = np.full((2, count), np.nan)
         weights[places], roundoffs[places] = self.weights, self.roundoffs
+        products = self.input_products
         return replace(
             self,
             models=tuple(models),
@@ -82,18 +87,31 @@ class Observation:
             zero=self.zero.among(places, count),
             base=None if self.base is None else self.base.among(places, count),
             roundoffs=roundoffs,
+            input_products=None if products is None else _placed(products, places, count),
         )
 
 
+def _placed(matrix: Floats, places: Sequence[int] | NDArray[np.intp], count: int) -> Floats:
+    """The entries of a matrix at other places of one of that count, NaN elsewhere."""
+    result = np.full((count, count), np.nan)
+    result[np.ix_(np.asarray(places), np.asarray(places))] = matrix
+    return result
+
+
 def observed(
-    inputs: Inputs, products: Products, models: Sequence[str], base: str | None
+    inputs: Inputs,
+    products: Products,
+    models: Sequence[str],
+    base: str | None,
+    input_products: Floats | None = None,
 ) -> Observation:
     """What the inputs of one output tensor, borrowed, look like to each other.
 
     products: of the whole tensors (R = 1); where the inputs have a base, of their differences from
     it and last of the base itself. models: the names of the N inputs. base: that of the base model,
-    whether it takes part in the mean or not. Angles are right to seven digits down to 1e-8 radians;
-    for that, inputs too close for their products are read again.
+    whether it takes part in the mean or not. input_products: of the N inputs, as in `Observation`.
+    Angles are right to seven digits down to 1e-8 radians; for that, inputs too close for their
+    products are read again.
     """
     tensors, names, weights = list(inputs.tensors), list(models), inputs.weights
     gram, exponents = products.grams[0], products.exponents[0]
@@ -118,6 +136,9 @@ def observed(
         zero,
         as_seen_from(zero, names.index(base)) if base in names else None,
         np.array([_roundoff(tensor) for tensor in tensors]),
+        None
+        if input_products is None
+        else _placed(input_products, range(len(models)), len(tensors)),
     )
 
 

@@ -100,6 +100,12 @@ class Tensor(_Part):
         of its difference from the base. From 0.7 on, the angles of that difference mean nothing.
     shares: with merge_method fisher, how much each model counts, on average over the elements; they
         sum to one. What only a Karcher mean has is then null.
+    input_overlap: how much the inputs overlap that models changed the treatment of: the cosine
+        between the metrics t_k' t_k, t_k = W_k - base, on average over every two models.
+    inputs_in_use: the part of all directions of its input that all changes together take, 1 over
+        in tr(A^2) with A the weighted mean of t_k' t_k / |t_k|^2. Both are null without a base, and
+        for what is no linear layer; models whose whole difference from the base is noise do not
+        count.
     """
 
     name: str
@@ -121,6 +127,8 @@ class Tensor(_Part):
     other: View | None
     rounding: Vector | None
     shares: Vector | None = None
+    input_overlap: float | None = None
+    inputs_in_use: float | None = None
 
     @property
     def size(self) -> int:
@@ -148,6 +156,7 @@ class Kind(_Part):
         whole difference from it is noise.
     task_rounding_median: over tensors, of the model that rounding may have changed most.
     task_is_noise: whether that is too much for the angles to mean anything, of those models.
+    input_overlap_average, inputs_in_use_average: over its linear layers.
     """
 
     kind: str
@@ -161,6 +170,8 @@ class Kind(_Part):
     task_is_noise: bool
     task_linear_length_average: float | None
     shares: Vector | None = None
+    input_overlap_average: float | None = None
+    inputs_in_use_average: float | None = None
     angle_median: float | None
     angle_largest: float | None
     spread_median: float | None

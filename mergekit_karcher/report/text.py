@@ -80,6 +80,19 @@ _NOT_UNIQUE = Column(
     lambda kind: str(kind.not_unique),
     "Not unique: the tensors whose mean could not be proven unique.",
 )
+_INPUTS = (
+    Column(
+        "overlap",
+        lambda kind: _unless_noise(kind, _shown(kind.input_overlap_average), "noise"),
+        "Overlap: how much the inputs overlap that two models changed the treatment of, from 0 "
+        "(other inputs) to 1 (the same).",
+    ),
+    Column(
+        "in use, %",
+        lambda kind: _unless_noise(kind, _shown(kind.inputs_in_use_average, 100)),
+        "In use: how much of all directions of their inputs the changes take together.",
+    ),
+)
 _DEFINITION = (
     "Angles are in degrees, between two models: on average, where each tensor counts by its number "
     "of parameters, and the largest."
@@ -89,17 +102,18 @@ _DEFINITION = (
 def _tables(report: Report) -> dict[str, list[Column]]:
     """The columns of each table, by its title; those of the mean stand where it is taken."""
     weights, tasks = [_TENSORS, *_WEIGHTS], [*_TASKS]
+    known = report.overall.input_overlap_average is not None
+    inputs = {"The inputs of the linear layers, by the changes": [*_INPUTS]} if known else {}
     if report.overall.shares:
-        return {"The weights": weights} | _shares(report)
+        return {"The weights": weights} | inputs | _shares(report)
     weights.append(_LOST)
     around_base = report.settings.origin == ["base"] and report.whole_tasks is not None
     if report.overall.linear_difference_average is not None and not around_base:
         weights.append(_DIFFERENCE)
     if report.overall.not_unique:
         (tasks if around_base else weights).append(_NOT_UNIQUE)
-    return {"The weights": weights} | (
-        {"The changes from the base": tasks} if report.whole_tasks else {}
-    )
+    of_tasks = {"The changes from the base": tasks} if report.whole_tasks else {}
+    return {"The weights": weights} | of_tasks | inputs
 
 
 def _shares(report: Report) -> dict[str, list[Column]]:
@@ -129,9 +143,12 @@ def legend(report: Report) -> str:
     return " ".join([_DEFINITION, *(column.meaning for column in columns if column.meaning)])
 
 
-def _rows(report: Report) -> Iterable[Kind]:
-    """One for each kind of module, and one for all where there are several."""
-    return [*report.kinds, *([report.overall] if len(report.kinds) > 1 else [])]
+def _rows(report: Report, columns: Sequence[Column]) -> Iterable[list[str]]:
+    """One for each kind of module that has a number, and one for all where there are several."""
+    for kind in [*report.kinds, *([report.overall] if len(report.kinds) > 1 else [])]:
+        cells = [column.cell(kind) for column in columns]
+        if any(cells):
+            yield [kind.kind, *cells]
 
 
 def markdown_tables(report: Report) -> str:
@@ -141,7 +158,7 @@ def markdown_tables(report: Report) -> str:
         lines = [
             ["module", *(column.title for column in columns)],
             ["---", *["---:"] * len(columns)],
-            *([kind.kind, *(column.cell(kind) for column in columns)] for kind in _rows(report)),
+            *_rows(report, columns),
         ]
         parts += [f"**{title}**", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     return "\n\n".join(parts)
@@ -180,8 +197,8 @@ def show(report: Report, console: Console) -> None:
         table.add_column("module", no_wrap=True)
         for column in columns:
             table.add_column(column.title, justify="right", no_wrap=True)
-        for kind in _rows(report):
-            table.add_row(kind.kind, *(column.cell(kind) for column in columns))
+        for row in _rows(report, columns):
+            table.add_row(*row)
         console.print(table)
     console.print(legend(report), markup=False, highlight=False, style="dim")
     console.print(report.verdict, markup=False, highlight=False, style="bold")

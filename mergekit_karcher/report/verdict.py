@@ -25,6 +25,14 @@ _AGREEING = math.radians(45)
 # bfloat16 may change any number by as much, and nobody notices that.
 _PRACTICALLY_NONE = 2**-8
 
+# With more models than this at the same inputs, less than half of each change is left.
+_FEW_AT_ONE_INPUT = 2
+
+# Where the changes are longer than this part of the base, and in some kind of module take together
+# more than this part of all directions of the inputs. Of the sets of docs/evidence.md only the one
+# in which no merge was better than linear has both.
+_LONG, _FULL = 0.5, 0.4
+
 # Tensors with a smaller part of all parameters are an exception, and not what a merge is like.
 _FEW = 0.1
 
@@ -41,7 +49,12 @@ _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 def verdict_of(report: Report) -> str:
     """Sentences that say what the numbers of a report mean, and nothing that they do not show."""
-    sentences = [_models(report), *_task_vectors(report), *_not_unique(report.tensors)]
+    sentences = [
+        _models(report),
+        *_task_vectors(report),
+        *_inputs(report),
+        *_not_unique(report.tensors),
+    ]
     if report.settings.as_karcher:
         method = report.settings.merge_method
         sentences.insert(
@@ -213,6 +226,57 @@ def _task_vectors(report: Report) -> list[str]:
         f"{_percent(report.overall.task_linear_length_average)} of their length, and origin: base "
         f"keeps {_keeps(report)}."
     ]
+
+
+def _inputs(report: Report) -> list[str]:
+    """What merge_method: fisher with metric: self would see of the changes from the base."""
+    lengths = _lengths(report)
+    strangers = {name: times for name, times in lengths.items() if times >= 1}
+    if strangers:
+        names = ", ".join(strangers)
+        times = plain(max(strangers.values()))
+        return [
+            f"{names}: as far from the base as unrelated models are (the changes are up to {times} "
+            "times as long as the base), so no fine-tune of it. Merges of changes, metric: self "
+            "among them, are for fine-tunes of one base."
+        ]
+    overlap = report.overall.input_overlap_average
+    if overlap is None or report.overall.task_is_noise:
+        return []
+    meeting = 1 + (len(lengths) - 1) * overlap
+    keeps = (
+        "can keep most of each change"
+        if meeting <= _FEW_AT_ONE_INPUT
+        else "draws towards the linear mean, since the models compete for the same inputs"
+    )
+    sentences = [
+        f"The inputs that their changes respond to overlap by {plain(overlap)} (0: others, 1: the "
+        f"same): merge_method: fisher with metric: self {keeps}."
+    ]
+    long = sum(lengths.values()) / len(lengths)
+    kind = max(report.kinds, key=lambda kind: kind.inputs_in_use_average or 0.0)
+    in_use = kind.inputs_in_use_average or 0.0
+    if long > _LONG and in_use > _FULL:
+        sentences.append(
+            f"But the changes are {plain(long)} times as long as the base and take "
+            f"{_percent(in_use)} of the inputs of {kind.kind}: the models may ask for more than "
+            "the network holds. Where that was so, no merge that we measured was better than "
+            "linear."
+        )
+    return sentences
+
+
+def _lengths(report: Report) -> dict[str, float]:
+    """How long the change of each model is, beside the base; without those that are noise."""
+    view = report.whole_tasks
+    base = next((place for place, model in enumerate(report.models) if model.is_base), None)
+    if view is None or base is None or not (length := report.whole.norms[base]):
+        return {}
+    return {
+        report.models[place].name: norm / length
+        for place, norm in enumerate(view.norms)
+        if norm and place not in (base, *report.noise)
+    }
 
 
 def _not_unique(tensors: Sequence[Tensor]) -> list[str]:
