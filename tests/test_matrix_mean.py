@@ -170,6 +170,22 @@ def test_factors_are_their_product():
     assert given_[0].trace() == pytest.approx(np.trace(grams[0]))
 
 
+@pytest.mark.parametrize("shape", [(2, 9), (3, 10), (1, 2), (3, 9)])
+@pytest.mark.parametrize("ridge", [1e-3, 0.3])
+def test_few_rows_and_many_inputs(shape, ridge):
+    """Below as many inputs as rows in all models a smaller system is solved, with one answer."""
+    layers, _, weights = random_layers(24, shape=shape)
+    base = np.random.default_rng(25).standard_normal(shape)
+    expected = reference(layers, of_changes(layers, base), weights, ridge)
+    found = merged(layers, "self", weights, base=torch.as_tensor(base), ridge=ridge)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+    factors = np.random.default_rng(26).standard_normal((3, *shape))
+    given_ = [InputGram(factor=torch.as_tensor(f)) for f in factors]
+    expected = reference(layers, factors.transpose(0, 2, 1) @ factors, weights, ridge)
+    found = fisher_mean([torch.as_tensor(layer) for layer in layers], given_, weights, ridge=ridge)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+
+
 def test_the_papers_example_in_axes_turned_by_45_degrees():
     """J of the linear mean is 50.5 and that of the best point 1.98, in full matrices as well."""
     turn = np.array([[1.0, -1.0], [1.0, 1.0]]) / math.sqrt(2)

@@ -40,7 +40,7 @@ class InputGram:
             raise KarcherError("An input Gram is either dense or has a factor: give one of them.")
         if self.dense is not None and self.diagonal is not None:
             raise KarcherError("A dense input Gram has its diagonal in it: give no other.")
-        shape = tuple(self._matrix.shape)
+        shape = tuple(self.matrix.shape)
         square = self.dense is None or shape[-2:] == (shape[-1], shape[-1])
         if len(shape) not in (2, 3) or not square:
             raise KarcherError(
@@ -55,19 +55,20 @@ class InputGram:
             )
 
     @property
-    def _matrix(self) -> torch.Tensor:
+    def matrix(self) -> torch.Tensor:
+        """The dense matrix, or else the factor."""
         return next(part for part in (self.dense, self.factor) if part is not None)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(in, in), or (experts, in, in)."""
-        *experts, _, inputs = self._matrix.shape
+        *experts, _, inputs = self.matrix.shape
         return (*experts, inputs, inputs)
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
-        return self._matrix.device
+        return self.matrix.device
 
     def to(self, *target: Any) -> InputGram:
         """The same on another device or in another dtype."""
@@ -89,14 +90,14 @@ class InputGram:
         if self.dense is not None:
             return float(self.dense.diagonal(dim1=-2, dim2=-1).double().sum())
         diagonal = 0.0 if self.diagonal is None else float(self.diagonal.double().sum())
-        return diagonal + float(self._matrix.double().square().sum())
+        return diagonal + float(self.matrix.double().square().sum())
 
     def add_to(self, total: torch.Tensor, weight: float) -> None:
         """total += weight A, in the dtype of total, (in, in); for one layer."""
         if self.dense is not None:
             total.add_(self.dense.to(total.dtype), alpha=weight)
             return
-        factor = self._matrix.to(total.dtype)
+        factor = self.matrix.to(total.dtype)
         total.addmm_(factor.T, factor, alpha=weight)
         if self.diagonal is not None:
             total.diagonal().add_(self.diagonal.to(total.dtype), alpha=weight)
@@ -105,7 +106,7 @@ class InputGram:
         """rows A for rows of shape (out, in), in their dtype; for one layer."""
         if self.dense is not None:
             return rows @ self.dense.to(rows.dtype)
-        factor = self._matrix.to(rows.dtype)
+        factor = self.matrix.to(rows.dtype)
         result = (rows @ factor.T) @ factor
         if self.diagonal is not None:
             result.addcmul_(rows, self.diagonal.to(rows.dtype))

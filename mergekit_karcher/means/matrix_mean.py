@@ -84,14 +84,20 @@ def _layers(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     return tensor.unbind() if tensor.ndim == 3 else [tensor.flatten(1)]
 
 
-# Gives a metric when it is needed; None instead of this for one that is zero.
-_Metric = Callable[[], InputGram]
+class _Metric(NamedTuple):
+    """A metric that is not zero, made when it is needed.
+
+    rank: how many rows its factor has; None if it is not a factor alone.
+    """
+
+    make: Callable[[], InputGram]
+    rank: int | None
 
 
 def _metrics(
     inputs: Inputs, layers: Sequence[torch.Tensor], index: int
 ) -> Sequence[_Metric | None]:
-    """Those of the inputs for the layer at an index of a stack."""
+    """Those of the inputs for the layer at an index of a stack; None for one that is zero."""
     if inputs.grams is not None:
         stacked = inputs.tensors[0].ndim == 3
         return [_given(gram.expert(index) if stacked else gram) for gram in inputs.grams]
@@ -102,7 +108,9 @@ def _metrics(
 
 
 def _given(gram: InputGram) -> _Metric | None:
-    return (lambda: gram) if gram.trace() > 0 else None
+    factor = gram.factor if gram.diagonal is None else None
+    rank = None if factor is None else len(factor)
+    return _Metric(lambda: gram, rank) if gram.trace() > 0 else None
 
 
 def _of_change(layer: torch.Tensor, base: torch.Tensor) -> _Metric | None:
@@ -112,13 +120,13 @@ def _of_change(layer: torch.Tensor, base: torch.Tensor) -> _Metric | None:
         return layer.double() - base.double()
 
     length = float(change().norm())
+    outputs, inputs = layer.shape
 
     def metric() -> InputGram:
         unit = change().div_(length)
-        outputs, inputs = unit.shape
         return InputGram(factor=unit) if outputs < inputs else InputGram(dense=unit.T @ unit)
 
-    return None if length == 0 else metric
+    return None if length == 0 else _Metric(metric, outputs if outputs < inputs else None)
 
 
 def _mean_of_layer(
@@ -138,18 +146,54 @@ def _mean_of_layer(
         mean.add_(layer.double(), alpha=weight / total)
     if len(given) < 2:
         return (sure[0][0] if given else mean), True
+    terms = [(layer, metric, weight / total) for layer, metric, weight in given]
+    ranks = [metric.rank for _, metric, _ in given if metric.rank is not None]
+    few = ridge > 0 and len(ranks) == len(given) and sum(ranks) < inputs
+    correction = (_by_factors if few else _by_sum)(mean, terms, ridge)
+    return (mean, False) if correction is None else (mean.add_(correction), True)
+
+
+_Terms = Sequence[tuple[torch.Tensor, _Metric, float]]
+
+
+def _by_sum(mean: torch.Tensor, terms: _Terms, ridge: float) -> torch.Tensor | None:
+    """(sum_k w_k (W_k - M) A_k) (sum_k w_k A_k + r g I)^-1, as it is written."""
+    inputs = mean.shape[1]
     summed = mean.new_zeros(inputs, inputs)
     pull = torch.zeros_like(mean)
-    for layer, metric, weight in given:
-        gram = metric()
-        gram.add_to(summed, weight / total)
-        pull.add_(gram.applied_to(layer.double() - mean), alpha=weight / total)
-    diagonal = summed.diagonal()
-    diagonal.add_(ridge * diagonal.mean())
+    for layer, metric, weight in terms:
+        gram = metric.make()
+        gram.add_to(summed, weight)
+        pull.add_(gram.applied_to(layer.double() - mean), alpha=weight)
+    return _solved(pull, summed, ridge * float(summed.diagonal().mean()))
+
+
+def _by_factors(mean: torch.Tensor, terms: _Terms, ridge: float) -> torch.Tensor | None:
+    """The same of A_k = F_k' F_k that have fewer rows together than the layer has inputs.
+
+    With S the rows sqrt(w_k) F_k of all models, and P the columns sqrt(w_k) (W_k - M) F_k', it is
+    P S (S' S + c I)^-1 = P (S S' + c I)^-1 S: a smaller system.
+    """
+    outputs, inputs = mean.shape
+    ranks = [metric.rank or 0 for _, metric, _ in terms]
+    rows = mean.new_empty(sum(ranks), inputs)
+    pull = mean.new_empty(outputs, sum(ranks))
+    for (layer, metric, weight), part, columns in zip(
+        terms, rows.split(ranks), pull.split(ranks, 1), strict=True
+    ):
+        part.copy_(metric.make().matrix).mul_(math.sqrt(weight))
+        columns.copy_((layer.double() - mean) @ part.T)
+    summed = rows @ rows.T
+    solved = _solved(pull, summed, ridge * float(summed.diagonal().sum()) / inputs)
+    return None if solved is None else solved @ rows
+
+
+def _solved(pull: torch.Tensor, summed: torch.Tensor, level: float) -> torch.Tensor | None:
+    """pull (summed + level I)^-1, or None if that cannot be told; summed is changed."""
+    summed.diagonal().add_(level)
     lower, failed = torch.linalg.cholesky_ex(summed)
     pivots = lower.diagonal().square()
-    if int(failed) or not bool(
-        pivots.min() > inputs * torch.finfo(torch.float64).eps * pivots.max()
-    ):
-        return mean, False
-    return mean.add_(torch.cholesky_solve(pull.T, lower).T), True
+    least = len(summed) * torch.finfo(torch.float64).eps * pivots.max()
+    if int(failed) or not bool(pivots.min() > least):
+        return None
+    return torch.cholesky_solve(pull.T, lower).T
