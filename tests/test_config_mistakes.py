@@ -80,9 +80,9 @@ UNREAD_KEYS = {
 
 
 @pytest.mark.parametrize(("config", "words"), UNREAD_KEYS.values(), ids=UNREAD_KEYS)
-@pytest.mark.parametrize("method", ["karcher", "karcher_mean", "fisher"])
+@pytest.mark.parametrize("method", ["karcher", "karcher_mean", "fisher", "regmean"])
 def test_a_key_that_nothing_reads_is_an_error(config, words, method):
-    if method == "fisher":
+    if method in ("fisher", "regmean"):
         config = yaml.safe_load(yaml.safe_dump(config).replace("granularity", "floor"))
         words = [word.replace("granularity", "floor") for word in words]
     document = config | {"merge_method": method}

@@ -262,6 +262,27 @@ def test_metrics_of_two_kinds_are_not_mixed(two_llamas, run_fisher, tmp_path, me
         assert_error(result, *words)
 
 
+def test_regmean_is_the_same_mean_and_takes_nothing_else(two_llamas, run_fisher, tmp_path, merge):
+    config = fisher_config(tmp_path, two_llamas)
+    expected = merge(config).weights
+    found = merge(config | {"merge_method": "regmean"})
+    assert "regmean merged: " in found.output
+    assert found.weights.keys() == expected.keys()
+    assert all(torch.equal(found.weights[name], expected[name]) for name in expected)
+    assert run_fisher("other", *TEXT, "--out", "diagonal").exit_code == 0
+    for metrics in (
+        {"model": "first", "other": "identity"},
+        {"model": "first", "other": "diagonal"},
+    ):
+        config = fisher_config(tmp_path, metrics, merge_method="regmean")
+        assert_error(merge(config, name="refused"), "regmean takes metrics from activations only")
+    config = fisher_config(tmp_path, {"model": "first", "other": "second"})
+    for model in config["models"]:
+        model["parameters"]["metric"] = "self"
+    config |= {"merge_method": "regmean", "base_model": str(tmp_path / "model")}
+    assert_error(merge(config, name="refused"), "metric: self is for merge_method: fisher; regmean")
+
+
 def test_karcher_has_no_use_for_them(two_llamas, tmp_path, merge):
     result = merge(fisher_config(tmp_path, two_llamas, merge_method="karcher"))
     assert_error(result, "of activations, which karcher has no use for", "merge_method: fisher")

@@ -9,7 +9,7 @@ from typing import Any
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.host.documents import SELF
 from mergekit_karcher.host.graph import has_metric, is_in_checkpoint, is_outside, loads_of
-from mergekit_karcher.host.run import FISHER_NAMES, MergeRun
+from mergekit_karcher.host.run import FISHER_NAMES, REGMEAN, MergeRun
 from mergekit_karcher.means.inputs import check_weights
 
 _LOG = logging.getLogger(__name__)
@@ -70,6 +70,10 @@ def check_own_changes(merges: Sequence[Any]) -> None:
             raise KarcherError(
                 f"metric: self is for merge_method: fisher; {merge.method_name} takes the mean "
                 "around the base by origin: base."
+            )
+        if merge.method_name == REGMEAN:
+            raise KarcherError(
+                "metric: self is for merge_method: fisher; regmean takes metrics from activations."
             )
         if merge.base_model not in merge.model_order:
             raise no_base(name, "metric: self", "take metrics from data")

@@ -20,8 +20,8 @@ from mergekit_karcher.host import compat, import_hooks
 
 _LOG = logging.getLogger(__name__)
 
-# Every name that is ours, unless mergekit has a method of one of the last two.
-_NAMES = ("karcher", "karcher_mean", "fisher")
+# Every name that is ours, unless mergekit has a method of one of the last three.
+_NAMES = ("karcher", "karcher_mean", "fisher", "regmean")
 
 _methods: dict[str, Any] = {}
 

@@ -22,13 +22,13 @@ from mergekit_karcher.host.documents import named_in, read_config
 from mergekit_karcher.host.graph import around_base_if_in_changes, merge_tasks
 from mergekit_karcher.host.install import register
 from mergekit_karcher.host.places import check_places
-from mergekit_karcher.host.run import FISHER, KARCHER
+from mergekit_karcher.host.run import FISHER_NAMES, KARCHER
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.report.build import build
 from mergekit_karcher.report.schema import Report
 
 # Our methods, which a report sees as they are; others are seen as karcher would merge their models.
-_OURS = (*NAMES, FISHER)
+_OURS = (*NAMES, *FISHER_NAMES)
 
 _LOG = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def report_on(path: Path, options: Any) -> Report:
             _LOG.warning("%s.", words)
     for sentence in missing_in_some(merges, checkpoints):
         _LOG.warning(sentence)
-    method = FISHER if asked_for == FISHER else KARCHER
+    method = asked_for if asked_for in FISHER_NAMES else KARCHER
     run = checked_run(merges, config, path.name, method, watched=True)
     planned = planned_of(config, merges, checkpoints.counted_once(merges), asked_for)
     if all(_input_count(merge) < 2 for merge in merges):

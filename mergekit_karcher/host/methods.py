@@ -18,7 +18,7 @@ from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.host.checks import check_uniform
 from mergekit_karcher.host.parameters import FISHER_PARAMETERS, KARCHER_PARAMETERS, settings_of
-from mergekit_karcher.host.run import FISHER, MergeRun
+from mergekit_karcher.host.run import FISHER, FISHER_NAMES, REGMEAN, MergeRun
 from mergekit_karcher.host.tensor import TensorToMerge, compare
 from mergekit_karcher.means.autograd import merge, merge_whole
 from mergekit_karcher.means.finite import check_result
@@ -186,8 +186,14 @@ class KarcherMerge(_InMemory):
         return tuple(result.to(out_dtype) for result in merged)
 
 
+_FISHER_PAPERS = {
+    FISHER: ("Fisher-weighted mean", "2111.09832"),
+    REGMEAN: ("RegMean", "2212.09849"),
+}
+
+
 class FisherMerge(_InMemory):
-    """The precision-weighted mean.
+    """The mean of models in their own metrics, by the name that a config has for it.
 
     The mean of the differences from a base, added to the base, is the mean of the others: so with
     origin: base the base takes no part. In memory, without metrics, all elements count alike.
@@ -195,11 +201,12 @@ class FisherMerge(_InMemory):
 
     function = "fisher_mean"
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        title, paper = _FISHER_PAPERS[name]
         self.spec = MergeMethodSpec(
-            name=FISHER,
-            pretty_name=f"Fisher-weighted mean (mergekit-karcher {__version__})",
-            reference_url="https://arxiv.org/abs/2111.09832",
+            name=name,
+            pretty_name=f"{title} (mergekit-karcher {__version__})",
+            reference_url=f"https://arxiv.org/abs/{paper}",
             parameters=FISHER_PARAMETERS,
         )
 
@@ -261,7 +268,7 @@ def _note_changes(tensor: TensorToMerge, inputs: Inputs) -> None:
 
 def make_method(name: str) -> Any:
     """The merge method that a config calls by that name."""
-    return FisherMerge() if name == FISHER else KarcherMerge(name)
+    return FisherMerge(name) if name in FISHER_NAMES else KarcherMerge(name)
 
 
 def _counted_once(groups: Sequence[TensorGroup], parts: Sequence[Inputs]) -> list[bool]:

@@ -27,7 +27,7 @@ from mergekit_karcher.host.graph import (
     named_metrics,
     names_of,
 )
-from mergekit_karcher.host.run import FISHER_NAMES
+from mergekit_karcher.host.run import FISHER_NAMES, REGMEAN
 
 _LOG = logging.getLogger(__name__)
 
@@ -208,6 +208,13 @@ class MetricFiles:
             for model, metric in metrics.items()
             if metric in self._files and self._files[metric].activations is not None
         ]
+        other = next((model for model in metrics if model not in of_activations), None)
+        if merge.method_name == REGMEAN and other is not None:
+            raise KarcherError(
+                f"regmean takes metrics from activations only, and the metric {metrics[other]} of "
+                f"{other} is none: make one by mergekit-karcher fisher --kind activations, or "
+                "take merge_method: fisher."
+            )
         if not of_activations:
             return
         first, name = of_activations[0], merge.output_weight.name
@@ -217,7 +224,6 @@ class MetricFiles:
                 f"{merge.method_name} has no use for: take merge_method: fisher, or diagonal "
                 "metrics."
             )
-        other = next((model for model in metrics if model not in of_activations), None)
         if other is not None:
             raise KarcherError(
                 f"{name} has a metric of activations for {first}, but {metrics[other] or 'none'} "

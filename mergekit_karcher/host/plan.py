@@ -45,7 +45,7 @@ from mergekit_karcher.host.metric_loads import MetricFiles, warn_of_mixed_metric
 from mergekit_karcher.host.preflight import Checkpoints, drops, left_out, problems
 from mergekit_karcher.host.quantised import dequantising, without_quantisation
 from mergekit_karcher.host.report_context import planned_of, settings_in_effect
-from mergekit_karcher.host.run import FISHER, KARCHER, MergeRun, announce
+from mergekit_karcher.host.run import FISHER_NAMES, KARCHER, MergeRun, announce
 from mergekit_karcher.host.tasks import (
     MergeTensor,
     ModelMean,
@@ -68,7 +68,7 @@ def patch_planner(planner: Any) -> None:
 
     def rewriting(plan: Callable[..., Any]) -> Callable[..., Any]:
         def rewritten(self: Any, *arguments: Any, **options: Any) -> Any:
-            if self.config.merge_method not in (*NAMES, FISHER):
+            if self.config.merge_method not in (*NAMES, *FISHER_NAMES):
                 _warn_of_no_report(self.config.merge_method)
                 return plan(self, *arguments, **options)
             check_settings(self.config, compat.method_of(self).spec)
@@ -93,7 +93,7 @@ def patch_flat_planner(module: Any) -> None:
 
     def rewriting(plan: Callable[..., Any]) -> Callable[..., Any]:
         def rewritten(config: Any, out_path: str, *arguments: Any, **options: Any) -> Any:
-            if config.merge_method not in (*NAMES, FISHER):
+            if config.merge_method not in (*NAMES, *FISHER_NAMES):
                 _warn_of_no_report(config.merge_method)
                 return plan(config, out_path, *arguments, **options)
             check_settings(config, module.merge_methods.get(config.merge_method).spec)
@@ -129,10 +129,10 @@ def rewrite_plan(
     """
     tasks = around_base_if_in_changes(tasks)
     title = os.path.basename(os.path.abspath(out_path))
-    method = FISHER if config.merge_method == FISHER else KARCHER
+    method = config.merge_method if config.merge_method in FISHER_NAMES else KARCHER
     folder = _report_folder(title) if method == KARCHER else None
-    if method == FISHER:
-        _warn_of_no_report(FISHER)
+    if method != KARCHER:
+        _warn_of_no_report(method)
     checkpoints = Checkpoints()
     merges = checkpoints.present(merge_tasks(tasks, (config.merge_method,)))
     if not merges:
@@ -174,7 +174,7 @@ def checked_run(
         merges: The tasks, as mergekit planned them.
         config: The config that they were planned for.
         title: What the merge is called in its summary.
-        method: `KARCHER` or `FISHER`.
+        method: `KARCHER`, or the name of the other method.
         watched: Whether there is to be a report.
 
     Raises:

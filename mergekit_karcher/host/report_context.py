@@ -9,7 +9,7 @@ from typing import Any
 from mergekit_karcher.host.checks import weights_of
 from mergekit_karcher.host.documents import SELF
 from mergekit_karcher.host.graph import has_metric, is_in_own_changes
-from mergekit_karcher.host.run import FISHER
+from mergekit_karcher.host.run import FISHER_NAMES
 from mergekit_karcher.report.apart import plain_range
 from mergekit_karcher.report.build import Planned
 from mergekit_karcher.report.names import is_local, short_names
@@ -115,5 +115,5 @@ def _settings(config: Any, merges: Sequence[Any], asked_for: str) -> Settings:
         magnitude=_used(merges, "magnitude"),
         dtype=config.dtype,
         out_dtype=config.out_dtype,
-        in_metric=asked_for != FISHER and any(has_metric(merge) for merge in merges),
+        in_metric=asked_for not in FISHER_NAMES and any(has_metric(merge) for merge in merges),
     )

@@ -24,8 +24,9 @@ _NAMES_SHOWN = 5
 # The methods whose merges are summed up.
 KARCHER, FISHER = "karcher", "fisher"
 
-# What the second is called in a config.
-FISHER_NAMES = (FISHER,)
+# What the second is called in a config; by the second name it takes input Grams only.
+REGMEAN = "regmean"
+FISHER_NAMES = (FISHER, REGMEAN)
 
 
 class MergeRun:
@@ -35,7 +36,7 @@ class MergeRun:
 
     Arguments:
         title: What the merge is called in its summary.
-        method: `KARCHER` or `FISHER`.
+        method: `KARCHER`, or one of `FISHER_NAMES`.
         watched: Whether to keep what a report needs.
         names: For each output tensor that is to be merged, what each model that takes part calls
             it, by model.
@@ -183,7 +184,7 @@ class MergeRun:
         if self._in_own_changes:
             layers = f"{self._in_own_changes} of them in the metrics of their changes"
             yield f"{', '.join([merged, layers, *apart])}."
-        elif self.method == FISHER:
+        elif self.method != KARCHER:
             yield f"{merged}, each parameter weighed by the metrics of its models."
         else:
             counts = [f"{_count(flagged)} {what}" for what, flagged in self._flagged.items()]

@@ -179,7 +179,7 @@ def _by_factors(mean: torch.Tensor, terms: _Terms, ridge: float) -> torch.Tensor
     rows = mean.new_empty(sum(ranks), inputs)
     pull = mean.new_empty(outputs, sum(ranks))
     for (layer, metric, weight), part, columns in zip(
-        terms, rows.split(ranks), pull.split(ranks, 1), strict=True
+        terms, torch.split(rows, ranks), torch.split(pull, ranks, 1), strict=True
     ):
         part.copy_(metric.make().matrix).mul_(math.sqrt(weight))
         columns.copy_((layer.double() - mean) @ part.T)
