@@ -53,8 +53,8 @@ def merges(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
         with _evicted(folder):
             evicted = interleave(some, dict.fromkeys(some, (rounds + 1) // 2))
     case = {"parameters": f"{total / 1e9:.3g}e9", "models": MODELS, "dtype": "bf16"}
-    yield from _rows(case | {"page cache": "kept"}, cached)
-    yield from _rows(case | {"page cache": "evicted"}, evicted)
+    yield from whole_rows(case | {"page cache": "kept"}, cached)
+    yield from whole_rows(case | {"page cache": "evicted"}, evicted)
 
 
 def reports(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
@@ -73,7 +73,7 @@ def reports(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]
                 contestant: partial(_report, contestant, origin, folder, models)
                 for contestant in (MERGE, REPORT, REPORTING)
             }
-            yield from _rows(case, interleave(calls, dict.fromkeys(calls, rounds)), "reports")
+            yield from whole_rows(case, interleave(calls, dict.fromkeys(calls, rounds)), "reports")
 
 
 def metrics(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]:
@@ -94,7 +94,7 @@ def metrics(parameters: int, scratch: Path | None, rounds: int) -> Iterator[Row]
         }
         calls = {c: partial(_in_metric, c, *how, folder, models) for c, how in methods.items()}
         case = {"parameters": f"{total / 1e9:.3g}e9", "models": MODELS, "metrics": "float32"}
-        yield from _rows(case, interleave(calls, dict.fromkeys(calls, rounds)), "metrics")
+        yield from whole_rows(case, interleave(calls, dict.fromkeys(calls, rounds)), "metrics")
 
 
 def making(parameters: int, scratch: Path | None, rounds: int, count: int = 32) -> Iterator[Row]:
@@ -109,19 +109,20 @@ def making(parameters: int, scratch: Path | None, rounds: int, count: int = 32) 
         ours = ["fisher", model, "--data", text, "--length", length, "--examples", count]
         loop = [Path(__file__).with_name("plain_fisher.py"), model, text, length, count]
         calls = {
-            PLAIN_LOOP: partial(_made, "python", loop, folder),
+            PLAIN_LOOP: partial(made, "python", loop, folder),
             **{
                 f"batch {size}": partial(
-                    _made, "mergekit-karcher", [*ours, "--batch-size", size, "--out"], folder
+                    made, "mergekit-karcher", [*ours, "--batch-size", size, "--out"], folder
                 )
                 for size in (1, 4)
             },
         }
         case = {"parameters": f"{total / 1e9:.3g}e9", "examples": count, "tokens": length}
-        yield from _rows(case, interleave(calls, dict.fromkeys(calls, rounds)), "making")
+        yield from whole_rows(case, interleave(calls, dict.fromkeys(calls, rounds)), "making")
 
 
-def _made(command: str, arguments: Sequence[Any], folder: Path) -> dict[str, float]:
+def made(command: str, arguments: Sequence[Any], folder: Path) -> dict[str, float]:
+    """A command that writes a folder or a file, whose name comes last, `watch`ed."""
     out = folder / "out"
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     words = [*map(str, arguments), str(out)]
@@ -181,9 +182,10 @@ def _report(contestant: str, origin: str, folder: Path, models: Sequence[Path]) 
     return measured
 
 
-def _rows(
+def whole_rows(
     case: dict[str, Any], runs: dict[str, dict[int, dict[str, float]]], section: str = "merges"
 ) -> Iterator[Row]:
+    """A row for each contestant: times, and quantiles of all else that `watch` measured."""
     seconds = {
         name: {turn: run["seconds"] for turn, run in turns.items()} for name, turns in runs.items()
     }

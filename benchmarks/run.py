@@ -20,6 +20,7 @@ from error import error
 from geometries import geometries
 from kernels import QUICK, Sizes, kernels
 from long_runs import long_runs
+from matrices import inputs, own_changes, solves
 from merges import making, merges, metrics, reports
 from rows import Row
 from scratch import scratch
@@ -36,6 +37,9 @@ SECTIONS = (
     "reports",
     "metrics",
     "making",
+    "own changes",
+    "inputs",
+    "solves",
 )
 
 
@@ -52,6 +56,12 @@ def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
         return scratch(512 if quick else 4096)
     if section == "error":
         return error((2,), (1e-8, 0.7)) if quick else error()
+    if section in ("own changes", "inputs"):
+        of_models = own_changes if section == "own changes" else inputs
+        return of_models(2 if quick else 30, options.scratch, 1 if quick else 5)
+    if section == "solves":
+        wide = ((1024, 1024), (4096, 4096), (14336, 4096), (4096, 14336))
+        return solves(((64, 64),) if quick else wide, 3, options.device)
     if section == "making":
         size, rounds = (4_000_000, 1) if quick else (100_000_000, 3)
         return making(options.params or size, options.scratch, rounds)
@@ -76,6 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file; default: beside this script")
     parser.add_argument("--params", type=int, help="parameters of each whole model")
     parser.add_argument("--scratch", type=Path, help="where whole models may lie for a while")
+    parser.add_argument("--device", default="cpu", help="where solves run: cpu or cuda")
     options = parser.parse_args()
     # A quick run must not take the place of a true one.
     path = options.out or (None if options.quick else RESULTS)

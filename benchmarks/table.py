@@ -8,6 +8,7 @@ from typing import Any
 
 from contestants import BUILTIN, CONTESTANTS, LINEAR, OURS
 from geometries import BASE, ROW, ROW_BASE, TENSOR
+from matrices import FORWARD, SELF
 from merges import MERGE, PLAIN_LOOP
 from rows import Row
 
@@ -102,6 +103,40 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
             ("peak RSS, MB", "", "peak_rss_mb"),
             ("peak anonymous, MB", "", "peak_anonymous_mb"),
             ("load average", "", "load_average"),
+        ),
+    ),
+    "own changes": (
+        "Merges in the metrics of their own changes",
+        f"{_TIMES} Whole mergekit-yaml processes, and mergekit-karcher report on the same config. "
+        "Random models of the shape of SmolLM2-135M.",
+        (
+            ("s", "", "seconds"),
+            ("/ linear", "", "over", LINEAR),
+            ("processor s", "", "processor_seconds"),
+            ("peak RSS, MB", "", "peak_rss_mb"),
+            ("peak anonymous, MB", "", "peak_anonymous_mb"),
+            ("load average", "", "load_average"),
+        ),
+    ),
+    "inputs": (
+        "Making metrics from activations",
+        f"{_TIMES} Whole processes, the same model in float32.",
+        (
+            ("s", "", "seconds"),
+            ("/ forward passes", "", "over", FORWARD),
+            ("processor s", "", "processor_seconds"),
+            ("peak RSS, MB", "", "peak_rss_mb"),
+            ("peak anonymous, MB", "", "peak_anonymous_mb"),
+            ("load average", "", "load_average"),
+        ),
+    ),
+    "solves": (
+        "One layer in the metrics of its own changes",
+        f"{_TIMES} In one process.",
+        (
+            (f"{SELF}, s", SELF, "seconds"),
+            (f"{LINEAR}, s", LINEAR, "seconds"),
+            (f"{SELF} / {LINEAR}", SELF, "over", LINEAR),
         ),
     ),
     "metrics": (
