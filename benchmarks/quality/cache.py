@@ -24,5 +24,6 @@ def cached(folder: Path, name: str, settings: Mapping[str, Any], make: Callable[
         torch.save(make(), partial)
         # A run that was interrupted leaves no half-written file behind under the true name.
         partial.rename(path)
-    found: T = torch.load(path, weights_only=True)
+    # Mapped, so that weights that are not used at the moment need not stay in memory.
+    found: T = torch.load(path, weights_only=True, mmap=True)
     return found

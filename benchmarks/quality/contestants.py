@@ -11,6 +11,7 @@ from by_layer import CONTESTANTS as BY_LAYER
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.merge_methods.karcher import karcher_merge_tensors
 from problem import State
+from variants import CONTESTANTS as VARIANTS
 
 Merge = Callable[[State | None, Sequence[State]], State]
 
@@ -97,6 +98,7 @@ WITH_BASE: dict[str, Merge] = {
     **_ours("model", "base", "linear"),
     "unit rows, base, linear length": _rescaled_rows,
     **BY_LAYER,
+    **VARIANTS,
 }
 
 WITHOUT_BASE: dict[str, Merge] = {

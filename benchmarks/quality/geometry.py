@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import combinations
 from statistics import fmean, median
 from typing import Any
@@ -26,27 +25,30 @@ def geometry(problem: Problem) -> dict[str, Any]:
     found: dict[str, Any] = {"angle_median": median(angles), "angle_largest": max(angles)}
     if problem.base is None:
         return found
-    vectors = _task_vectors(problem.base, states)
-    cosines = [_cosine(left, right) for left, right in combinations(vectors, 2)]
-    kept = sum(vectors).norm() / sum(vector.norm() for vector in vectors)
-    return found | {"task_cosine": fmean(cosines), "length_kept": float(kept)}
+    # One tensor of each model in memory: ten of SmolLM2 are too large to be kept in float64.
+    products = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for name, origin in problem.base.items():
+        vectors = torch.stack([(state[name] - origin).flatten() for state in states]).double()
+        products += vectors @ vectors.T
+    lengths = products.diagonal().sqrt()
+    cosines = products / lengths / lengths[:, None]
+    return found | {
+        "task_cosine": fmean(cosines[pair].item() for pair in combinations(range(len(states)), 2)),
+        "length_kept": float(products.sum().sqrt() / lengths.sum()),
+    }
 
 
 def effective_lambda(problem: Problem, merged: State) -> dict[str, float]:
     """The lambda of the task arithmetic that comes nearest to a merge; nothing without a base."""
     if problem.base is None:
         return {}
-    states = [expert.state for expert in problem.experts]
-    total = sum(_task_vectors(problem.base, states))
-    (moved,) = _task_vectors(problem.base, [merged])
-    return {"effective_lambda": float(moved @ total / (total @ total))}
-
-
-def _task_vectors(base: State, states: Sequence[State]) -> list[torch.Tensor]:
-    return [
-        torch.cat([(state[name] - base[name]).double().flatten() for name in base])
-        for state in states
-    ]
+    along = length = 0.0
+    for name, origin in problem.base.items():
+        changes = [(expert.state[name] - origin).double().flatten() for expert in problem.experts]
+        total = torch.as_tensor(sum(changes))
+        along += float((merged[name] - origin).double().flatten() @ total)
+        length += float(total @ total)
+    return {"effective_lambda": along / length}
 
 
 def _cosine(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -26,7 +26,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     language = [group for group in with_base if _LANGUAGE in group.metrics]
     panels: dict[str, list[Group]] = {}
     for group in with_base:
-        if group not in language:
+        if "width" in group.case:
             panels.setdefault(f"{group.section}, width {group.case['width']}", []).append(group)
     mpl.use("Agg")
     lines = -(-len(panels) // _COLUMNS)

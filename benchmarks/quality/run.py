@@ -26,9 +26,12 @@ from rows import Row, row
 # transformers would take benchmarks/kernels.py for the package of that name.
 sys.path.pop()
 
+import brown
 import classify
 import from_data
 import language
+import lora
+import reactions
 import smollm
 from contestants import BASE, OWN, WITH_BASE, WITHOUT_BASE
 from geometry import effective_lambda, geometry
@@ -52,14 +55,20 @@ def sets(quick: bool) -> dict[str, Make]:
         eight_long = replace(eight, expert=replace(few, steps=18))
         single = replace(single, steps=9)
     smol = smollm.Sizes(expert_steps=2, windows=1) if quick else smollm.Sizes()
+    low_rank = replace(lora.SIZES, expert_steps=2, windows=1) if quick else lora.SIZES
+    genres = (2,) if quick else brown.COUNTS
+    brown_steps = replace(brown.TRAINING, expert_steps=2 if quick else brown.TRAINING.expert_steps)
     members, width = (3, 16) if quick else (10, 256)
     makes: dict[str, Callable[[str, int, Path], Iterator[Problem]]] = {
         "demo": partial(language.problems, llama),
         "demo, larger": partial(language.problems, replace(llama, width=2)),
         "demo, long": partial(language.problems, replace(llama, expert_steps=long_steps)),
         "SmolLM2-135M": partial(smollm.problems, smol),
+        "SmolLM2-135M, LoRA": partial(smollm.problems, low_rank, fine_tune=lora.fine_tune),
+        "SmolLM2-135M, genres": partial(brown.problems, brown_steps, genres),
         "eight tasks": partial(classify.eight_tasks, eight),
         "eight tasks, long": partial(classify.eight_tasks, eight_long),
+        "reactions": reactions.problems,
         "different initialisations": partial(classify.independent, members, width, single),
     }
     return {name: partial(make, name) for name, make in makes.items()}

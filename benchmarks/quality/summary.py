@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from statistics import fmean, stdev
 from typing import Any
 
@@ -23,8 +24,9 @@ class Estimate:
     error: float
 
     def __format__(self, spec: str) -> str:
-        """Both numbers, each formatted as asked."""
-        return f"{self.mean:{spec}} ± {self.error:{spec}}"
+        """Both numbers, each formatted as asked; of one seed the mean alone."""
+        mean = f"{self.mean:{spec}}"
+        return mean if isnan(self.error) else f"{mean} ± {self.error:{spec}}"
 
 
 @dataclass(frozen=True)
