@@ -14,6 +14,13 @@ from rows import Row
 
 _TIMES = "Minimum / median / 90 % of the rounds; quotients are of times in one round."
 
+# Of whole processes.
+_MEMORY = (
+    ("peak RSS, MB", "", "peak_rss_mb"),
+    ("peak anonymous, MB", "", "peak_anonymous_mb"),
+    ("load average", "", "load_average"),
+)
+
 # For each section a heading, an explanation, and columns as (title, contestant, *keys of its
 # result). Where no contestant is named, each has a line of its own.
 _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
@@ -76,9 +83,7 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
             ("/ linear", "", "over", LINEAR),
             ("/ ours", "", "over", OURS),
             ("processor s", "", "processor_seconds"),
-            ("peak RSS, MB", "", "peak_rss_mb"),
-            ("peak anonymous, MB", "", "peak_anonymous_mb"),
-            ("load average", "", "load_average"),
+            *_MEMORY,
         ),
     ),
     "reports": (
@@ -88,9 +93,7 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
         (
             ("s", "", "seconds"),
             ("/ merge", "", "over", MERGE),
-            ("peak RSS, MB", "", "peak_rss_mb"),
-            ("peak anonymous, MB", "", "peak_anonymous_mb"),
-            ("load average", "", "load_average"),
+            *_MEMORY,
         ),
     ),
     "making": (
@@ -100,9 +103,7 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
         (
             ("s", "", "seconds"),
             ("/ loop", "", "over", PLAIN_LOOP),
-            ("peak RSS, MB", "", "peak_rss_mb"),
-            ("peak anonymous, MB", "", "peak_anonymous_mb"),
-            ("load average", "", "load_average"),
+            *_MEMORY,
         ),
     ),
     "own changes": (
@@ -113,9 +114,7 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
             ("s", "", "seconds"),
             ("/ linear", "", "over", LINEAR),
             ("processor s", "", "processor_seconds"),
-            ("peak RSS, MB", "", "peak_rss_mb"),
-            ("peak anonymous, MB", "", "peak_anonymous_mb"),
-            ("load average", "", "load_average"),
+            *_MEMORY,
         ),
     ),
     "inputs": (
@@ -125,9 +124,7 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
             ("s", "", "seconds"),
             ("/ forward passes", "", "over", FORWARD),
             ("processor s", "", "processor_seconds"),
-            ("peak RSS, MB", "", "peak_rss_mb"),
-            ("peak anonymous, MB", "", "peak_anonymous_mb"),
-            ("load average", "", "load_average"),
+            *_MEMORY,
         ),
     ),
     "solves": (
@@ -147,9 +144,7 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
             ("s", "", "seconds"),
             ("/ linear", "", "over", LINEAR),
             ("processor s", "", "processor_seconds"),
-            ("peak RSS, MB", "", "peak_rss_mb"),
-            ("peak anonymous, MB", "", "peak_anonymous_mb"),
-            ("load average", "", "load_average"),
+            *_MEMORY,
         ),
     ),
 }

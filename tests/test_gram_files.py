@@ -115,6 +115,7 @@ def test_what_a_folder_holds(run_fisher, two_llamas, tmp_path):
     assert tensors["model.norm.weight"].shape == (32,)
     assert about["ones"] == []
     assert about["unused"] == {}
+    assert not Path("first", "partial.json").exists()
 
 
 def test_a_merge_is_the_mean_in_these_metrics(two_llamas, tmp_path, merge):
@@ -251,6 +252,15 @@ def test_an_expert_that_no_token_reached_has_no_weight(two_mixtures, tmp_path, m
     weights = merge(fisher_config(tmp_path, two_mixtures)).weights
     other = weights_of("other")[expert]
     torch.testing.assert_close(weights["model.layers.0.mlp.experts.down_proj"][2], other)
+
+
+def test_parts_of_one_tensor_that_do_not_share_a_gram(two_mixtures, tmp_path, merge):
+    about = Folder("first").about
+    expert = "model.layers.0.block_sparse_moe.experts.{}.{}.weight"
+    about["grams"][expert.format(0, "w3")] = expert.format(1, "w1")
+    Path("first", "metric.json").write_text(json.dumps(about))
+    result = merge(fisher_config(tmp_path, two_mixtures))
+    assert_error(result, "experts.gate_up_proj", "do not share a metric", "make it anew")
 
 
 def test_metrics_of_two_kinds_are_not_mixed(two_llamas, run_fisher, tmp_path, merge):

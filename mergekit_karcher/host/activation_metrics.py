@@ -14,7 +14,7 @@ from mergekit_karcher.host.network_weights import layers_of
 from mergekit_karcher.means.input_gram import InputGram
 
 KIND = "activations"
-_SCHEMA = "mergekit-karcher/metric/1"
+SCHEMA = "mergekit-karcher/metric/1"
 
 
 class ActivationMetrics:
@@ -31,10 +31,10 @@ class ActivationMetrics:
 
     def __init__(self, loader: Any, about: Mapping[str, Any], reference: str) -> None:
         missing = {"grams", "unused", "shapes", "ones"} - set(about)
-        if about.get("schema") != _SCHEMA or missing:
+        if about.get("schema") != SCHEMA or missing:
             raise KarcherError(
                 f"The metric {reference} has schema {about.get('schema')}, but this version of "
-                f"mergekit-karcher reads {_SCHEMA}: make it anew from its model."
+                f"mergekit-karcher reads {SCHEMA}: make it anew from its model."
             )
         self._loader, self._reference = loader, reference
         self._stored = set(loader.index.tensor_paths)
@@ -81,13 +81,17 @@ class ActivationMetrics:
             return whole
         if model_type is None or len(sources) == 1:
             return self._gram(sources[0])
-        axes = {name: len(self._gram(name).shape) for name in sources}
+        entry_of = {name: self._grams.get(name, name) for name in sources}
+        # Each is read once, whatever the number of tensors that share it.
+        name_of = {entry: name for name, entry in entry_of.items()}
+        grams = {entry: self._gram(name) for entry, name in name_of.items()}
+        axes = {name: len(grams[entry].shape) for name, entry in entry_of.items()}
         layers = [sources] if 3 in axes.values() else layers_of(model_type, tensor, axes)
-        entries = [{self._grams.get(name, name) for name in layer} for layer in layers]
+        entries = [{entry_of[name] for name in layer} for layer in layers]
         if any(len(of_layer) > 1 for of_layer in entries):
             raise self._not_of_one(tensor)
-        grams = [self._gram(layer[0]) for layer in layers]
-        return grams[0] if len(layers) == 1 else _stacked(grams)
+        of_layers = [grams[entry] for (entry,) in entries]
+        return of_layers[0] if len(layers) == 1 else _stacked(of_layers)
 
     def _not_of_one(self, tensor: str) -> KarcherError:
         return KarcherError(

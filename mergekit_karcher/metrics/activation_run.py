@@ -138,7 +138,10 @@ class _Run:
             )
             skeleton.load(rest)
             whole = [name for name in names if name in {*outer, *rest, *unloaded}]
-            forward = lambda index: model(input_ids=ids[index])  # noqa: E731
+
+            def forward(index: int) -> object:
+                return model(input_ids=ids[index])
+
             self.parts = [_Part(whole, model, forward, False)]
 
     def _trace(self, blocks: Blocks) -> bool:

@@ -15,12 +15,10 @@ from torch import Tensor
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.files import PARTIAL, replacing, write_text
+from mergekit_karcher.host.activation_metrics import KIND, SCHEMA
 from mergekit_karcher.metrics import low_rank
 from mergekit_karcher.metrics.activations import Measured
 from mergekit_karcher.metrics.skeleton import Skeleton
-from mergekit_karcher.metrics.store import SCHEMA
-
-KIND = "activations"
 
 # What the folder of a metric that is not finished has: all that decides its numbers.
 STATE_FILE = "partial.json"

@@ -16,11 +16,10 @@ from torch import nn
 from mergekit_karcher import __version__
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.files import replacing, write_text
+from mergekit_karcher.host.activation_metrics import SCHEMA
 from mergekit_karcher.host.checkpoints import open_checkpoint
 
 _LOG = logging.getLogger(__name__)
-
-SCHEMA = "mergekit-karcher/metric/1"
 
 
 def check_names(reference: str, model: nn.Module) -> None:
