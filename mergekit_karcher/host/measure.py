@@ -91,10 +91,10 @@ def report_on(path: Path, options: Any) -> Report:
     metrics = MetricFiles(options.transformers_cache)
     ours = OurTasks(run, metrics, checkpoints).means_only(merges)
     results = [*_executed(ours, options)]
-    means = dict(run.means)
+    means = dict(run.tally.means)
     if isinstance(results[0], KarcherMean):
-        means = dict.fromkeys(run.observations, results[0])
-    return build(planned, run.observations, means, run.shares)
+        means = dict.fromkeys(run.tally.observations, results[0])
+    return build(planned, run.tally.observations, means, run.tally.shares)
 
 
 def _stop_for(reasons: Sequence[str]) -> None:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import click
 import numpy as np
 
+from mergekit_karcher.host.tally import CHANGES, MODELS, Tally
 from mergekit_karcher.means.result import KarcherMean
-from mergekit_karcher.report.apart import Apart
 from mergekit_karcher.report.observation import Observation
 from mergekit_karcher.sphere.results import SphereMeans, Status
 from mergekit_karcher.sphere.trig import Floats
@@ -43,8 +43,7 @@ class MergeRun:
 
     settings, left_out: Lines of the summary that say which weights and settings are in effect, and
     what the result lacks.
-    observations, means, shares: What a report needs, by output tensor; means and shares are over
-    the inputs that have a weight.
+    tally: What the tensors merged so far come to.
     """
 
     def __init__(
@@ -56,27 +55,11 @@ class MergeRun:
         names: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self.title, self.method, self.watched = title, method, watched
-        self.observations: dict[str, Observation] = {}
-        self.means: dict[str, KarcherMean] = {}
-        self.shares: dict[str, Floats] = {}
         self._names = names or {}
         self._lock = threading.Lock()
         self.settings: Sequence[str] = ()
         self.left_out: Sequence[str] = ()
-        self._merged = 0
-        self._apart = {"models": Apart(), "changes from the base": Apart()}
-        # For each thing to look at: of the tensor of a name, how many vectors out of how many.
-        self._flagged: dict[str, dict[str, tuple[int, int]]] = {
-            "not certified unique": {},
-            "fell back to the linear mean": {},
-            "not converged": {},
-        }
-        self._incomplete: list[str] = []
-        self._noted: dict[str, list[str]] = {}
-        self._tokens_without_base: dict[str, int] = {}
-        self._in_own_changes = 0
-        # Squared lengths of each model's change, and of the base beside it.
-        self._lengths: dict[str, Floats] = {}
+        self.tally = Tally()
         self._warned_of_16_bits = False
 
     def label(self, name: str, model: str) -> str:
@@ -87,18 +70,18 @@ class MergeRun:
     def observe(self, observation: Observation) -> None:
         """Keep an observation for the report."""
         with self._lock:
-            self.observations[observation.name] = observation
+            self.tally.observations[observation.name] = observation
 
     def compare(self, name: str, size: int, angles: Iterable[float], *, around_base: bool) -> None:
         """Count the angles between the inputs of a tensor, NaN where one has no direction."""
-        what = "changes from the base" if around_base else "models"
+        what = CHANGES if around_base else MODELS
         with self._lock:
-            self._apart[what].add(name, size, (a for a in angles if not math.isnan(a)))
+            self.tally.apart[what].add(name, size, (a for a in angles if not math.isnan(a)))
 
     def weigh(self, name: str, shares: Floats) -> None:
         """Keep for the report how much each input of a tensor counts."""
         with self._lock:
-            self.shares[name] = shares
+            self.tally.shares[name] = shares
 
     def record(
         self, name: str, mean: KarcherMean | None, present: int, blocks: Sequence[SphereMeans] = ()
@@ -112,20 +95,20 @@ class MergeRun:
             blocks: The means of its rows, where it has its own mean.
         """
         with self._lock:
-            self._merged += 1
+            self.tally.merged += 1
             if present < len(self._names.get(name, ())):
-                self._incomplete.append(name)
+                self.tally.incomplete.append(name)
             if mean is None:
                 return
             if self.watched:
-                self.means[name] = mean
+                self.tally.means[name] = mean
             statuses = [status for block in blocks for status in block.statuses] or [mean.status]
             unique = [bool(one) for block in blocks for one in block.unique] or [mean.unique]
             fell_back = [status is Status.NOT_UNIQUE for status in statuses]
             unproven = [not (u or fell) for u, fell in zip(unique, fell_back, strict=True)]
             unfinished = [status is Status.NOT_CONVERGED for status in statuses]
             for what, of_rows in zip(
-                self._flagged.values(), (unproven, fell_back, unfinished), strict=True
+                self.tally.flagged.values(), (unproven, fell_back, unfinished), strict=True
             ):
                 if any(of_rows):
                     what[name] = (sum(of_rows), len(of_rows))
@@ -133,7 +116,7 @@ class MergeRun:
     def note_zero_metrics(self, name: str) -> None:
         """Remember a tensor whose metrics are zero in every model; warn of the first."""
         what = "metrics zero in every model, merged as without any"
-        if what not in self._noted:
+        if what not in self.tally.noted:
             _LOG.warning(
                 "The metrics of %s are zero in every model: it is merged as without any, "
                 "and so are others like it.",
@@ -144,7 +127,7 @@ class MergeRun:
     def note(self, what: str, name: str) -> None:
         """Remember a tensor for a line of the summary that begins with those words."""
         with self._lock:
-            self._noted.setdefault(what, []).append(name)
+            self.tally.noted.setdefault(what, []).append(name)
 
     def note_own_changes(self, models: Sequence[str], changes: Floats, base: float) -> None:
         """Count a layer merged in the metrics of its changes from the base.
@@ -152,15 +135,14 @@ class MergeRun:
         changes, base: The length of each model's change, (N,), and that of the base.
         """
         with self._lock:
-            self._in_own_changes += 1
+            self.tally.in_own_changes += 1
             for model, change in zip(models, changes, strict=True):
-                lengths = np.array([change, base]) ** 2
-                self._lengths[model] = self._lengths.get(model, np.zeros(2)) + lengths
+                self.tally.add_lengths(model, np.array([change, base]) ** 2)
 
     def note_tokens_without_base(self, name: str, count: int) -> None:
         """Remember how many tokens of a tensor the base does not have."""
         with self._lock:
-            self._tokens_without_base[name] = count
+            self.tally.tokens_without_base[name] = count
 
     def warn_of_16_bits(self, name: str, dtypes: Iterable[str]) -> None:
         """Say once that differences of what arrives in 16 bits are mostly rounding."""
@@ -177,35 +159,42 @@ class MergeRun:
             name,
         )
 
+    def handed_over(self) -> Tally:
+        """The tally so far, which begins anew."""
+        with self._lock:
+            tally, self.tally = self.tally, Tally()
+            return tally
+
     def lines(self) -> Iterator[str]:
         """The summary, the settings, and at most one line of names for each thing to look at."""
-        merged = f"{self.method} {self.title}: {self._merged} tensors merged"
-        apart = [f"{what} {words}" for what, a in self._apart.items() if (words := a.words)]
-        if self._in_own_changes:
-            layers = f"{self._in_own_changes} of them in the metrics of their changes"
+        tally = self.tally
+        merged = f"{self.method} {self.title}: {tally.merged} tensors merged"
+        apart = [f"{what} {words}" for what, a in tally.apart.items() if (words := a.words)]
+        if tally.in_own_changes:
+            layers = f"{tally.in_own_changes} of them in the metrics of their changes"
             yield f"{', '.join([merged, layers, *apart])}."
         elif self.method != KARCHER:
             yield f"{merged}, each parameter weighed by the metrics of its models."
         else:
-            counts = [f"{_count(flagged)} {what}" for what, flagged in self._flagged.items()]
+            counts = [f"{_count(flagged)} {what}" for what, flagged in tally.flagged.items()]
             yield f"{', '.join([merged, *apart, *counts])}."
         yield from (f"  {line}" for line in (*self.settings, *self.left_out))
         yield from self._unrelated()
-        for what, noted in self._noted.items():
+        for what, noted in tally.noted.items():
             yield f"  {what}: {_listed(noted)}"
-        for what, flagged in self._flagged.items():
+        for what, flagged in tally.flagged.items():
             if flagged:
                 names = _listed([_with_rows(name, *of) for name, of in flagged.items()])
                 yield f"  {what}: {names}"
-        for name, count in self._tokens_without_base.items():
+        for name, count in sorted(tally.tokens_without_base.items()):
             yield f"  tokens that the base lacks, merged by the linear mean: {count} of {name}"
-        if self._incomplete:
-            names = _listed(self._incomplete)
+        if tally.incomplete:
+            names = _listed(tally.incomplete)
             yield f"  missing from some models, merged from those that have them: {names}"
 
     def _unrelated(self) -> Iterator[str]:
         """A line for each model whose changes are longer than the base is."""
-        for model, (change, base) in self._lengths.items():
+        for model, (change, base) in self.tally.lengths.items():
             if change > base:
                 times = math.sqrt(change / base) if base else math.inf
                 yield (
@@ -244,7 +233,8 @@ def announce(run: MergeRun) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
+    # In one order, whatever the order in which tensors were merged.
+    shown = ", ".join(sorted(names)[:_NAMES_SHOWN])
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 

@@ -286,7 +286,7 @@ class WriteReport(Task[None]):  # type: ignore[misc]
 
     def execute(self, **_: Any) -> None:
         try:
-            report = build(self.planned, self.run.observations, self.run.means)
+            report = build(self.planned, self.run.tally.observations, self.run.tally.means)
             if not write(report, self.folder):
                 _LOG.warning(NO_PLOTS)
         except Exception as error:

@@ -30,6 +30,13 @@ class Apart:
             if not self.where or angle > self.largest:
                 self.largest, self.where = angle, name
 
+    def absorb(self, other: Apart) -> None:
+        """Count what another one has counted."""
+        self._angles += other._angles
+        self._sizes += other._sizes
+        if other.where and (not self.where or other.largest > self.largest):
+            self.largest, self.where = other.largest, other.where
+
     @property
     def average(self) -> float | None:
         """Over all tensors and pairs of models; None where no two have a direction."""
