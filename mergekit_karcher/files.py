@@ -53,6 +53,16 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def sync_folder(path: Path) -> None:
+    """Wait until the disk has the names in a folder, where the system can do that."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
 def _delete(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

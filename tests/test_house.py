@@ -25,7 +25,7 @@ ROOMS = [
     {"means"},
     {"report"},
     {"host"},
-    {"align", "metrics"},
+    {"align", "metrics", "runner"},
     {"cli"},
 ]
 LONGEST_MODULE, LONGEST_FUNCTION = 350, 60

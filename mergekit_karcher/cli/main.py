@@ -27,6 +27,7 @@ _COMMANDS = {
         "mergekit_karcher.cli.fisher",
         "Make a metric: how sure a model is of each parameter.",
     ),
+    "merge": ("mergekit_karcher.cli.merge", "Merge large models: in parallel, and resumable."),
     "repair": ("mergekit_karcher.cli.repair", "Rescale the hidden units of a merged network."),
     "report": ("mergekit_karcher.cli.report", "Show the geometry of a config's models."),
 }

@@ -51,6 +51,7 @@ _REQUIRED = {
     "mergekit.architecture.conversion": ["convert_checkpoint_tensors"],
     "mergekit.config": ["MergeConfiguration.model_validate", "ConditionalParameter.filter"],
     "mergekit.plan": ["MergePlanner.plan_to_disk", "MergePlanner.plan_in_memory"],
+    "mergekit.merge": ["run_merge", "Executor", "MultiGPUExecutor"],
     "mergekit.scripts.merge_raw_pytorch": [
         "plan_flat_merge",
         "RawPyTorchMergeConfig",

@@ -17,8 +17,8 @@ MODEL_KEYS = ("model", "base_model")
 IDENTITY, SELF = "identity", "self"
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The one document of a config; raises `KarcherError` for anything else."""
+def read_documents(path: Path) -> list[dict[str, Any]]:
+    """The documents of a config, one a merge; raises `KarcherError` for anything else."""
     try:
         documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -26,13 +26,19 @@ def read_config(path: Path) -> dict[str, Any]:
         raise KarcherError(f"{path} is not valid YAML: {where}.") from None
     if not any(documents):
         raise KarcherError(f"{path} is empty.")
+    if not all(isinstance(one, dict) and "merge_method" in one for one in documents):
+        raise KarcherError(f"{path} is no config of mergekit: it has no merge_method.")
+    return documents
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The one document of a config; raises `KarcherError` for anything else."""
+    documents = read_documents(path)
     if len(documents) != 1:
         raise KarcherError(
             f"{path} has {len(documents)} documents: give the one stage of mergekit-multi that is "
             "meant."
         )
-    if not isinstance(documents[0], dict) or "merge_method" not in documents[0]:
-        raise KarcherError(f"{path} is no config of mergekit: it has no merge_method.")
     return documents[0]
 
 

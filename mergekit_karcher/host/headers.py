@@ -55,6 +55,11 @@ def headers_of(index: Any) -> dict[str, Header]:
     return {name: headers[name] for name in index.tensor_paths if name in headers}
 
 
+def torch_dtype(header: Header) -> torch.dtype:
+    """torch's dtype for that of a header; float32 for one that torch may not have."""
+    return _DTYPES.get(header.dtype, torch.float32)
+
+
 def is_constant(name: str, shape: Iterable[int]) -> bool:
     """Whether a tensor is a buffer that its network computes anew, such as a causal mask.
 
@@ -111,23 +116,29 @@ def _of_pickle(path: Path) -> dict[str, Header]:
         content = load()
     tensors: Mapping[str, Any] = content.get("state_dict", content)
     return {
-        name: Header(_WORDS.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+        name: Header(WORDS.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
         for name, tensor in tensors.items()
         if isinstance(tensor, torch.Tensor)
     }
 
 
-_WORDS = {
+# safetensors' words for torch's dtypes.
+WORDS = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {word: dtype for dtype, word in WORDS.items()}

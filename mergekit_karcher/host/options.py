@@ -7,7 +7,7 @@ from typing import Any
 import click
 from mergekit.options import OPTION_CATEGORIES, MergeOptions, PrettyPrintHelp, add_merge_options
 
-__all__ = ["MergeOptions", "ReadingCommand", "add_merge_options"]
+__all__ = ["MergeOptions", "PrettyPrintHelp", "ReadingCommand", "add_merge_options"]
 
 # What does not matter where nothing is merged.
 _CATEGORIES = ("Output Settings",)

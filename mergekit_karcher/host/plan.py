@@ -303,6 +303,6 @@ def _report_folder(title: str) -> Path | None:
     if not asked:
         return None
     context = click.get_current_context(silent=True)
-    # mergekit-multi merges several times in one command; its name has changed before.
-    stages = context is not None and "intermediate_dir" in context.params
+    # Several merges in one command: mergekit's, whose name has changed before, or ours.
+    stages = context is not None and context.params.get("intermediate_dir") is not None
     return Path(asked) / title if stages else Path(asked)

@@ -145,10 +145,8 @@ def problems(merges: Sequence[Any], checkpoints: Checkpoints, *, sliced: bool) -
 
     sliced: whether the config names layers itself, so that others are left out on purpose.
     """
-    yield from _nowhere(merges, checkpoints)
+    yield from input_problems(merges, checkpoints)
     for merge in merges:
-        yield from _missing(merge, checkpoints)
-        yield from _unequal_shapes(merge, checkpoints)
         if checkpoints.is_whole_numbers(merge):
             yield from _unequal_numbers(merge)
     if not drops(merges):
@@ -158,6 +156,15 @@ def problems(merges: Sequence[Any], checkpoints: Checkpoints, *, sliced: bool) -
                 "each (save them with a max_shard_size that is large enough), and left_out: drop "
                 "under parameters does without these."
             )
+
+
+def input_problems(merges: Iterable[Any], checkpoints: Checkpoints) -> Iterator[str]:
+    """What would stop a merge by any method: a sentence for each."""
+    merges = list(merges)
+    yield from _nowhere(merges, checkpoints)
+    for merge in merges:
+        yield from _missing(merge, checkpoints)
+        yield from _unequal_shapes(merge, checkpoints)
 
 
 def drops(merges: Iterable[Any]) -> bool:

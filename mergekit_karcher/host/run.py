@@ -28,6 +28,9 @@ KARCHER, FISHER = "karcher", "fisher"
 REGMEAN = "regmean"
 FISHER_NAMES = (FISHER, REGMEAN)
 
+# The command of ours that merges.
+MERGE_COMMAND = "merge"
+
 
 class MergeRun:
     """One merge: made when it is planned, carried by its tasks, safe to use from any thread.
@@ -216,13 +219,14 @@ def _with_rows(name: str, rows: int, of: int) -> str:
 
 
 def announce(run: MergeRun) -> None:
-    """Have the summary of a merge printed when one of mergekit's commands ends well.
+    """Have the summary of a merge printed when a command that merges ends well.
 
     A line printed during the merge would land on the progress bar. Nothing is printed under
     --quiet, after a failure, or outside of those commands.
     """
     context = click.get_current_context(silent=True)
-    if context is None or not (context.command.name or "").startswith("mergekit-"):
+    name = "" if context is None else context.command.name or ""
+    if context is None or not (name.startswith("mergekit-") or name == MERGE_COMMAND):
         return
     if context.params.get("quiet"):
         return

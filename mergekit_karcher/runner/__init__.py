@@ -1,0 +1,1 @@
+"""A whole merge in units that can be lost, gone on with, and spread over machines."""

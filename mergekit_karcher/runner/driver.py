@@ -1,0 +1,263 @@
+"""A merge from its recipe to a folder that is whole: planned, done in units, gone on with."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+import torch
+
+from mergekit_karcher.errors import KarcherError, first_line
+from mergekit_karcher.files import PARTIAL
+from mergekit_karcher.host.merging import Recipe, carry_out, plan
+from mergekit_karcher.host.planned import PlannedMerge, Unit
+from mergekit_karcher.runner import output
+from mergekit_karcher.runner.cluster import RayWorkers
+from mergekit_karcher.runner.estimate import describe
+from mergekit_karcher.runner.local import LocalWorkers
+from mergekit_karcher.runner.manifest import begin_or_go_on, manifest_of
+from mergekit_karcher.runner.progress import Progress
+from mergekit_karcher.runner.records import DONE, Record
+from mergekit_karcher.runner.work import Job, keep
+
+# More threads a worker gain little: a merge is bound by memory.
+_THREADS = 4
+
+# What a worker needs beside its tensors.
+_WORKER_BYTES = 200 << 20
+
+# Workers lost one after the other, with no unit done in between, that are replaced.
+_LOSSES = 3
+
+_SECONDS = 0.3
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a merge is done.
+
+    workers: processes of this machine; None for what cores and memory allow. ray: the address of a
+    Ray cluster, or None. overwrite: whether to replace what is in the output folder. as_json,
+    quiet: how to show progress. dry_run: whether to plan, check and describe the merge, and no
+    more.
+    """
+
+    workers: int | None = None
+    ray: str | None = None
+    overwrite: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    dry_run: bool = False
+
+
+def merge(source: str, out: Path, options: Any, settings: Settings) -> None:
+    """Merge models into a folder, or go on where an earlier run was stopped.
+
+    Arguments:
+        source: A config of mergekit-yaml, as text.
+        out: The output folder. What is done stays in `.merge` within it until all is done.
+        options: mergekit's `MergeOptions`.
+        settings: How.
+
+    Raises:
+        KarcherError: For what the user can mend; what is done by then is kept.
+    """
+    if not settings.overwrite:
+        output.check_free(out)
+    out = out.absolute()
+    work = out / output.WORK
+    recipe = Recipe(source, work / out.name, options, Path.cwd())
+    threads = options.num_threads or min(torch.get_num_threads(), _THREADS)
+    if settings.dry_run:
+        _describe(recipe, threads, settings)
+        return
+    with output.in_use(out):
+        if not output.is_to_be_published(work):
+            # A process that has started threads of OpenMP cannot be forked.
+            torch.set_num_threads(1)
+            run = _Run(recipe, work, threads, settings)
+            carry_out(recipe, run.execute)
+        output.publish(recipe.out, work)
+
+
+def _describe(recipe: Recipe, threads: int, settings: Settings) -> None:
+    """Plan and check a merge, and print what it would take."""
+    planned = plan(recipe)
+    manifest_of(recipe, planned)
+    output.check_space(recipe.out, sum(u.bytes for u in planned.units if not u.whole_model))
+    workers = settings.workers or worker_count(planned, threads, recipe.options)
+    for line in describe(planned, workers, threads):
+        click.echo(line)
+
+
+class _Run:
+    """The tensors of one merge."""
+
+    def __init__(self, recipe: Recipe, work: Path, threads: int, settings: Settings) -> None:
+        self._job = Job(recipe, work, threads)
+        self._settings = settings
+
+    def execute(self, merge: PlannedMerge) -> None:
+        """Do all units of a plan, and write the index and the report."""
+        job = self._job
+        begin = manifest_of(job.recipe, merge)
+        if self._settings.overwrite:
+            try:
+                begin_or_go_on(begin, job.folder)
+            except KarcherError:
+                output.begin_anew(job.folder)
+        begin_or_go_on(begin, job.folder)
+        job.recipe.out.mkdir(exist_ok=True)
+        done = [unit for unit in merge.units if (job.folder / f"{unit.name}{DONE}").is_file()]
+        left = sum(unit.bytes for unit in merge.units if unit not in done and not unit.whole_model)
+        output.check_space(job.recipe.out, left)
+        keep(job.recipe, merge)
+        workers = self._workers(merge)
+        title = job.folder.parent.name
+        total = sum(unit.bytes for unit in merge.units)
+        progress = Progress(
+            total, title, as_json=self._settings.as_json, quiet=self._settings.quiet
+        )
+        progress.skip(sum(unit.bytes for unit in done))
+        try:
+            shards = self._do_all(merge, workers, _Watch(job, merge.units, done, progress))
+        finally:
+            progress.close()
+            workers.stop()
+        output.write_index(job.recipe.out, shards)
+        if merge.report is not None:
+            merge.report.execute()
+
+    def _do_all(self, merge: PlannedMerge, workers: Any, watch: _Watch) -> list[tuple[str, Any]]:
+        """Do all units; the shards, and what was written to each."""
+        records: dict[str, Record] = {}
+        mean = None
+        for whole_model in (True, False):
+            units = [unit for unit in merge.units if unit.whole_model is whole_model]
+            for unit, record in self._do(units, workers, mean, watch):
+                records[unit.name] = record
+            if whole_model and units:
+                mean = merge.take_mean(p for unit in units for p in records[unit.name].products)
+        for unit in merge.units:
+            tally = records[unit.name].tally
+            if merge.run is not None and tally is not None:
+                merge.run.tally.absorb(tally)
+        return [
+            (unit.name, records[unit.name].written) for unit in merge.units if not unit.whole_model
+        ]
+
+    def _do(
+        self, units: Sequence[Unit], workers: Any, mean: Any, watch: _Watch
+    ) -> Iterator[tuple[Unit, Record]]:
+        waiting = {workers.submit(unit.name, mean): unit for unit in units}
+        losses = 0
+        while waiting:
+            finished, _ = wait(waiting, _SECONDS, FIRST_COMPLETED)
+            watch.show()
+            lost = []
+            for future in finished:
+                unit = waiting.pop(future)
+                try:
+                    record = future.result()
+                except BrokenProcessPool:
+                    lost.append(unit)
+                except Exception as error:
+                    raise _explained(error, self._job) from error
+                else:
+                    losses = 0
+                    watch.count(unit)
+                    yield unit, record
+            if lost:
+                losses += 1
+                if losses > _LOSSES:
+                    raise KarcherError(
+                        f"{losses} workers were lost one after the other while they merged "
+                        f"{lost[0].name}, perhaps for want of memory: run the same command with "
+                        "fewer --workers to go on."
+                    )
+                lost += waiting.values()
+                workers.renew()
+                waiting = {workers.submit(unit.name, mean): unit for unit in lost}
+
+    def _workers(self, merge: PlannedMerge) -> LocalWorkers | RayWorkers:
+        settings, options = self._settings, self._job.recipe.options
+        if settings.ray is not None:
+            return RayWorkers(self._job, settings.ray)
+        gpus = torch.cuda.device_count() if options.multi_gpu else 0
+        count = settings.workers or gpus or worker_count(merge, self._job.threads, options)
+        if not settings.quiet:
+            threads = self._job.threads
+            click.echo(
+                f"{_counted(count, 'worker')} of {_counted(threads, 'thread')}, "
+                f"{_counted(len(merge.units), 'unit')}.",
+                err=True,
+            )
+        return LocalWorkers(self._job, count, own_gpus=gpus > 0)
+
+
+class _Watch:
+    """Tells how much is done by the sizes of files, wherever they are written from."""
+
+    def __init__(
+        self, job: Job, units: Sequence[Unit], done: Sequence[Unit], progress: Progress
+    ) -> None:
+        self._folder, self._progress = job.recipe.out, progress
+        self._bytes = {unit.name: unit.bytes for unit in units}
+        self._done = {unit.name for unit in done}
+
+    def count(self, unit: Unit) -> None:
+        """Count a unit that is done."""
+        self._done.add(unit.name)
+        self.show()
+
+    def show(self) -> None:
+        """Show how much is done."""
+        partial = 0
+        for path in self._folder.glob(f"*{PARTIAL}"):
+            # It may have got its final name in the meantime.
+            partial += path.stat().st_size if path.exists() else 0
+        self._progress.show(sum(self._bytes[name] for name in self._done) + partial)
+
+
+def worker_count(merge: PlannedMerge, threads: int, options: Any) -> int:
+    """How many workers this machine has cores, memory and work for."""
+    if options.device != "cpu":
+        return 1
+    units = max(
+        sum(unit.whole_model for unit in merge.units),
+        sum(not unit.whole_model for unit in merge.units),
+    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    fit = int(psutil.virtual_memory().available // (merge.memory() + _WORKER_BYTES))
+    return max(1, min(units, (cores or 1) // threads, fit))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _explained(error: Exception, job: Job) -> Exception:
+    """What to tell of an error of a worker."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):  # Ray wraps what a task raises.
+        error = cause
+    goes_on = "run the same command again to go on"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return KarcherError(
+            f"The disk of {job.folder.parent} is full: free some space, and {goes_on}."
+        )
+    if isinstance(error, OSError):
+        where = f" {error.filename}" if error.filename else ""
+        return KarcherError(
+            f"A file{where} could not be read or written ({error.strerror or first_line(error)}): "
+            f"{goes_on} when that is mended."
+        )
+    return error

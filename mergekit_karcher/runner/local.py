@@ -1,0 +1,75 @@
+"""Processes of this machine that do units."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing.connection import wait
+from typing import Any
+
+from mergekit_karcher.runner.records import Record
+from mergekit_karcher.runner.work import Job, do_unit
+
+
+class LocalWorkers:
+    """Processes of this machine, forked where that is safe: they need not plan again.
+
+    Arguments:
+        job: What they do units of.
+        count: How many there are.
+        own_gpus: Whether each has a GPU to itself.
+    """
+
+    def __init__(self, job: Job, count: int, *, own_gpus: bool) -> None:
+        self._job, self._count, self._own_gpus = job, count, own_gpus
+        on_cpu = job.recipe.options.device == "cpu"
+        # A fork after CUDA was asked for anything cannot use it; macOS forbids forks of programs
+        # that use its libraries.
+        forks = on_cpu and os.uname().sysname == "Linux" if hasattr(os, "uname") else False
+        self._context = multiprocessing.get_context("fork" if forks else "spawn")
+        self._pool = self._new_pool()
+
+    def submit(self, name: str, mean: Any) -> Future[Record]:
+        """Have a unit done; a lost process makes the future raise `BrokenProcessPool`."""
+        return self._pool.submit(do_unit, self._job, name, mean)
+
+    def renew(self) -> None:
+        """Start processes in the place of those of which one was lost."""
+        self.stop()
+        self._pool = self._new_pool()
+
+    def stop(self) -> None:
+        """End all processes at once, whatever they do."""
+        for process in multiprocessing.active_children():
+            process.kill()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        number = self._context.Value("i", 0)
+        return ProcessPoolExecutor(
+            self._count, self._context, _prepare, (number if self._own_gpus else None,)
+        )
+
+
+def _prepare(number: Any) -> None:
+    """What a new process does first: it ends with the one that started it, and not by Ctrl-C.
+
+    number: counts the processes, each of which takes the GPU of its number; None to share.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if number is not None:
+        with number.get_lock():
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(number.value)
+            number.value += 1
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
