@@ -19,11 +19,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mergekit_karcher.cli.main import main
+from mergekit_karcher.cli.merge import main as merge_command
 
 COMMANDS = {
     "mergekit-yaml": run_yaml.main,
     "mergekit-multi": multimerge.main,
     "mergekit-pytorch": merge_raw_pytorch.main,
+    "mergekit-karcher merge": merge_command,
 }
 
 

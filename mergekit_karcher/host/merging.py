@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +20,7 @@ from mergekit_karcher.host.documents import named_in
 from mergekit_karcher.host.install import register
 from mergekit_karcher.host.places import check_places
 from mergekit_karcher.host.planned import PlannedMerge
+from mergekit_karcher.host.stand_ins import headers_only, to_fetch
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Recipe:
     out: Path
     options: Any
     folder: Path
+
+    def to_fetch(self) -> list[str]:
+        """The models that are on the Hub and not here, as the config names them."""
+        references = list(dict.fromkeys(named_in(yaml.safe_load(self.source))))
+        cache = self.options.transformers_cache
+        check_places(references, folder=self.folder, cache=cache)
+        return to_fetch(references, cache)
 
 
 def carry_out(recipe: Recipe, execute: Callable[[PlannedMerge], None]) -> None:
@@ -60,8 +68,11 @@ def carry_out(recipe: Recipe, execute: Callable[[PlannedMerge], None]) -> None:
         )
 
 
-def plan(recipe: Recipe) -> PlannedMerge:
-    """Plan a merge, and do nothing of it. Moves to the folder where its relative paths begin."""
+def plan(recipe: Recipe, *, without: Sequence[str] = ()) -> PlannedMerge:
+    """Plan a merge, and do nothing of it. Moves to the folder where its relative paths begin.
+
+    without: models of which only the headers are fetched; then the plan must not be executed.
+    """
 
     class Planned(BaseException):
         """Carries the plan out of mergekit's function."""
@@ -71,7 +82,9 @@ def plan(recipe: Recipe) -> PlannedMerge:
 
     os.chdir(recipe.folder)
     try:
-        carry_out(recipe, stop)
+        cache = recipe.options.transformers_cache
+        with headers_only(without, cache) if without else nullcontext():
+            carry_out(recipe, stop)
     except Planned as planned:
         merge: PlannedMerge = planned.args[0]
         return merge

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -72,7 +75,8 @@ class PlannedMerge:
         self.tokenizer_task = next((t for t in tasks if isinstance(t, BuildTokenizer)), None)
         self.tokenizer = None
         if self.tokenizer_task is not None:
-            self.tokenizer = self._value_of(self.tokenizer_task)
+            with _vocabularies_in_order():
+                self.tokenizer = self._value_of(self.tokenizer_task)
             self._known[self.tokenizer_task] = self.tokenizer
         means = (getattr(save.tensor_task, "mean", None) for save in saves)
         self._mean_task: ModelMean | None = next((mean for mean in means if mean), None)
@@ -222,6 +226,22 @@ class PlannedMerge:
         dtype = _dtype_at_work(merge)
         inputs = (header.size * _itemsize(dtype, header) for header in self._headers(merge))
         return sum(inputs) + self._sizes[place]
+
+
+@contextmanager
+def _vocabularies_in_order() -> Iterator[None]:
+    """Have mergekit unite vocabularies in the same order in every process.
+
+    It goes through them as `get_vocab` gives them, which is in another order each time.
+    """
+    tokenizer = transformers.PreTrainedTokenizerFast
+    get_vocab = tokenizer.get_vocab
+
+    def in_order(self: Any) -> dict[str, int]:
+        return dict(sorted(get_vocab(self).items(), key=operator.itemgetter(1)))
+
+    with mock.patch.object(tokenizer, "get_vocab", in_order):
+        yield
 
 
 def _merge_of(save: Any) -> Any:

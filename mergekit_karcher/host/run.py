@@ -222,13 +222,13 @@ def announce(run: MergeRun) -> None:
     """Have the summary of a merge printed when a command that merges ends well.
 
     A line printed during the merge would land on the progress bar. Nothing is printed under
-    --quiet, after a failure, or outside of those commands.
+    --quiet or --dry-run, after a failure, or outside of those commands.
     """
     context = click.get_current_context(silent=True)
     name = "" if context is None else context.command.name or ""
     if context is None or not (name.startswith("mergekit-") or name == MERGE_COMMAND):
         return
-    if context.params.get("quiet"):
+    if context.params.get("quiet") or context.params.get("dry_run"):
         return
     runs = context.meta.setdefault(__name__, [])
     if not runs:

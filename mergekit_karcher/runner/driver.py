@@ -21,9 +21,14 @@ from mergekit_karcher.host.merging import Recipe, carry_out, plan
 from mergekit_karcher.host.planned import PlannedMerge, Unit
 from mergekit_karcher.runner import output
 from mergekit_karcher.runner.cluster import RayWorkers
-from mergekit_karcher.runner.estimate import describe
+from mergekit_karcher.runner.estimate import describe, estimate
 from mergekit_karcher.runner.local import LocalWorkers
-from mergekit_karcher.runner.manifest import begin_or_go_on, manifest_of
+from mergekit_karcher.runner.manifest import (
+    begin_or_go_on,
+    check_inputs,
+    is_of_config,
+    manifest_of,
+)
 from mergekit_karcher.runner.progress import Progress
 from mergekit_karcher.runner.records import DONE, Record
 from mergekit_karcher.runner.work import Job, keep
@@ -70,51 +75,89 @@ def merge(source: str, out: Path, options: Any, settings: Settings) -> None:
     Raises:
         KarcherError: For what the user can mend; what is done by then is kept.
     """
-    if not settings.overwrite:
-        output.check_free(out)
     out = out.absolute()
     work = out / output.WORK
     recipe = Recipe(source, work / out.name, options, Path.cwd())
     threads = options.num_threads or min(torch.get_num_threads(), _THREADS)
     if settings.dry_run:
+        if not settings.overwrite:
+            output.check_free(out)
         _describe(recipe, threads, settings)
         return
     with output.in_use(out):
-        if not output.is_to_be_published(work):
-            # A process that has started threads of OpenMP cannot be forked.
-            torch.set_num_threads(1)
-            run = _Run(recipe, work, threads, settings)
-            carry_out(recipe, run.execute)
+        if output.is_to_be_published(work):
+            is_this = is_of_config(recipe, work)
+            output.publish(recipe.out, work)
+            if is_this:
+                return
+        if not settings.overwrite:
+            output.check_free(out)
+        # A process that has started threads of OpenMP cannot be forked.
+        torch.set_num_threads(1)
+        missing = recipe.to_fetch()
+        if missing:
+            _check(recipe, plan(recipe, without=missing))
+        _merge(_Run(recipe, work, threads, settings), recipe)
         output.publish(recipe.out, work)
 
 
 def _describe(recipe: Recipe, threads: int, settings: Settings) -> None:
     """Plan and check a merge, and print what it would take."""
-    planned = plan(recipe)
+    missing = recipe.to_fetch()
+    planned = plan(recipe, without=missing)
+    _check(recipe, planned)
+    workers = settings.workers or worker_count(planned, threads, recipe.options)
+    for line in describe(planned, workers):
+        click.echo(line)
+    if missing:
+        click.echo(f"To be fetched from the Hub first: {', '.join(missing)}.")
+    else:
+        click.echo(estimate(planned, workers, threads))
+
+
+def _check(recipe: Recipe, planned: PlannedMerge) -> None:
+    """Raise `KarcherError` if an input is not whole, or the result does not fit on the disk."""
     manifest_of(recipe, planned)
     output.check_space(recipe.out, sum(u.bytes for u in planned.units if not u.whole_model))
-    workers = settings.workers or worker_count(planned, threads, recipe.options)
-    for line in describe(planned, workers, threads):
-        click.echo(line)
+
+
+def _merge(run: _Run, recipe: Recipe) -> None:
+    try:
+        carry_out(recipe, run.execute)
+    except KarcherError:
+        raise
+    except Exception as error:
+        if not run.is_done:
+            raise
+        raise KarcherError(
+            "All tensors are merged, but mergekit could not write the config, the tokenizer or the "
+            f"model card ({first_line(error)}): run the same command again when that is mended, "
+            "with --no-write-model-card if the Hub cannot be reached."
+        ) from error
 
 
 class _Run:
-    """The tensors of one merge."""
+    """The tensors of one merge.
+
+    is_done: whether all of them are on disk.
+    """
 
     def __init__(self, recipe: Recipe, work: Path, threads: int, settings: Settings) -> None:
         self._job = Job(recipe, work, threads)
         self._settings = settings
+        self._manifest: dict[str, Any] = {}
+        self.is_done = False
 
     def execute(self, merge: PlannedMerge) -> None:
         """Do all units of a plan, and write the index and the report."""
         job = self._job
-        begin = manifest_of(job.recipe, merge)
+        self._manifest = manifest_of(job.recipe, merge)
         if self._settings.overwrite:
             try:
-                begin_or_go_on(begin, job.folder)
+                begin_or_go_on(self._manifest, job.folder)
             except KarcherError:
                 output.begin_anew(job.folder)
-        begin_or_go_on(begin, job.folder)
+        begin_or_go_on(self._manifest, job.folder)
         job.recipe.out.mkdir(exist_ok=True)
         done = [unit for unit in merge.units if (job.folder / f"{unit.name}{DONE}").is_file()]
         left = sum(unit.bytes for unit in merge.units if unit not in done and not unit.whole_model)
@@ -132,9 +175,11 @@ class _Run:
         finally:
             progress.close()
             workers.stop()
+        check_inputs(self._manifest)
         output.write_index(job.recipe.out, shards)
         if merge.report is not None:
             merge.report.execute()
+        self.is_done = True
 
     def _do_all(self, merge: PlannedMerge, workers: Any, watch: _Watch) -> list[tuple[str, Any]]:
         """Do all units; the shards, and what was written to each."""
@@ -170,12 +215,14 @@ class _Run:
                 except BrokenProcessPool:
                     lost.append(unit)
                 except Exception as error:
+                    check_inputs(self._manifest)
                     raise _explained(error, self._job) from error
                 else:
                     losses = 0
                     watch.count(unit)
                     yield unit, record
             if lost:
+                check_inputs(self._manifest)
                 losses += 1
                 if losses > _LOSSES:
                     raise KarcherError(

@@ -14,18 +14,22 @@ _TENSORS = 8
 _SECONDS = 10
 
 
-def describe(merge: PlannedMerge, workers: int, threads: int) -> Iterator[str]:
-    """Lines for a person: the units, the bytes, the memory, and an estimate of the time."""
+def describe(merge: PlannedMerge, workers: int) -> Iterator[str]:
+    """Lines for a person: the units, the bytes and the memory."""
     yield f"{len(merge.units)} units, each done as a whole:"
     for unit in merge.units:
-        what = "inner products of" if unit.whole_model else "the tensors of"
-        yield f"  {unit.name}: {what} {len(unit.places)} tensors, {_size(unit.bytes)}"
+        what = "inner products of " if unit.whole_model else ""
+        yield f"  {unit.name}: {what}{len(unit.places)} tensors, {_size(unit.bytes)}"
     written = sum(unit.bytes for unit in merge.units if not unit.whole_model)
     yield f"Reads {_size(merge.bytes_to_read())}, writes {_size(written)}."
     each = "the worker" if workers == 1 else f"each of {workers} workers"
     yield f"Memory for {each}: {_size(merge.memory())} for tensors, beside about 0.5 GB."
+
+
+def estimate(merge: PlannedMerge, workers: int, threads: int) -> str:
+    """A line for a person on how long a merge takes."""
     seconds = _seconds(merge, threads) / workers
-    yield (
+    return (
         f"About {_duration(seconds)} to read and merge, going by a few tensors; writing goes on "
         "beside it, as fast as the disk."
     )

@@ -19,7 +19,10 @@ _FILE = "manifest.json"
 _SCHEMA = 1
 
 # Options of mergekit that say how a merge is done, and not what comes of it.
-_NO_MATTER = {"quiet", "verbosity", "num_threads", "async_write", "write_threads", "clone_tensors"}
+_NO_MATTER = {
+    *("quiet", "verbosity", "num_threads", "async_write", "write_threads", "clone_tensors"),
+    *("write_model_card", "copy_tokenizer"),
+}
 
 # What is compared, and what it is called where it differs.
 _COMPARED = {
@@ -43,11 +46,27 @@ def manifest_of(recipe: Recipe, merge: PlannedMerge) -> dict[str, Any]:
     return {
         "schema": _SCHEMA,
         "versions": {package: version(package) for package in packages},
-        "config": hashlib.sha256(recipe.source.encode()).hexdigest(),
+        "config": _digest(recipe),
         "options": options,
         "inputs": {str(path): list(fingerprint(path)) for path in merge.input_files()},
         "units": [[unit.name, len(unit.places), unit.bytes] for unit in merge.units],
     }
+
+
+def is_of_config(recipe: Recipe, folder: Path) -> bool:
+    """Whether the merge that was begun in a folder has that config."""
+    path = folder / _FILE
+    return path.is_file() and _read(path)["config"] == _digest(recipe)
+
+
+def check_inputs(manifest: Mapping[str, Any]) -> None:
+    """Raise `KarcherError` for the first input file that is no longer what it was."""
+    for path, before in manifest["inputs"].items():
+        if list(fingerprint(Path(path))) != before:
+            raise KarcherError(
+                f"{path} has changed while it was merged: run the same command with --overwrite to "
+                "begin anew."
+            )
 
 
 def begin_or_go_on(manifest: Mapping[str, Any], folder: Path) -> None:
@@ -64,7 +83,7 @@ def begin_or_go_on(manifest: Mapping[str, Any], folder: Path) -> None:
     if not path.is_file():
         write_text(path, json.dumps(manifest, indent=1))
         return
-    begun = json.loads(path.read_text(encoding="utf-8"))
+    begun = _read(path)
     for key, words in _COMPARED.items():
         if begun.get(key) != manifest[key]:
             raise KarcherError(
@@ -72,6 +91,15 @@ def begin_or_go_on(manifest: Mapping[str, Any], folder: Path) -> None:
                 f"{_where(begun.get(key), manifest[key])}; run that one to its end, or begin anew "
                 "with --overwrite."
             )
+
+
+def _digest(recipe: Recipe) -> str:
+    return hashlib.sha256(recipe.source.encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return manifest
 
 
 def _where(before: Any, now: Any) -> str:

@@ -127,14 +127,17 @@ def is_to_be_published(work: Path) -> bool:
 
 
 def publish(model: Path, work: Path) -> None:
-    """Move a whole model from the working folder to the output folder that it is in.
+    """Move a whole model to the output folder, out of the working folder in it.
 
     The old weights there are deleted first. What makes the folder load comes last: if this is
     interrupted, doing it again ends it.
     """
     out = work.parent
-    if not is_to_be_published(work):
-        write_text(work / _WHOLE, "")
+    if is_to_be_published(work):
+        model = work / (work / _WHOLE).read_text(encoding="utf-8")
+    else:
+        _sync_files(model)
+        write_text(work / _WHOLE, model.name)
         sync_folder(work)
         (out / _CONFIG).unlink(missing_ok=True)
         for pattern in _WEIGHTS:
@@ -147,3 +150,11 @@ def publish(model: Path, work: Path) -> None:
         os.replace(model / name, out / name)
     sync_folder(out)
     begin_anew(work)
+
+
+def _sync_files(folder: Path) -> None:
+    """Wait until the disk has what mergekit wrote."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
