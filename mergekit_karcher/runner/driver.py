@@ -26,7 +26,7 @@ from mergekit_karcher.runner.local import LocalWorkers
 from mergekit_karcher.runner.manifest import (
     begin_or_go_on,
     check_inputs,
-    is_of_config,
+    config_hash,
     manifest_of,
 )
 from mergekit_karcher.runner.progress import Progress
@@ -85,10 +85,11 @@ def merge(source: str, out: Path, options: Any, settings: Settings) -> None:
         _describe(recipe, threads, settings)
         return
     with output.in_use(out):
-        if output.is_to_be_published(work):
-            is_this = is_of_config(recipe, work)
-            output.publish(recipe.out, work)
-            if is_this:
+        config = config_hash(recipe)
+        left = output.to_publish(work)
+        if left is not None:
+            output.publish(left[1], work, left[0])
+            if left[0] == config:
                 return
         if not settings.overwrite:
             output.check_free(out)
@@ -98,7 +99,7 @@ def merge(source: str, out: Path, options: Any, settings: Settings) -> None:
         if missing:
             _check(recipe, plan(recipe, without=missing))
         _merge(_Run(recipe, work, threads, settings), recipe)
-        output.publish(recipe.out, work)
+        output.publish(recipe.out, work, config)
 
 
 def _describe(recipe: Recipe, threads: int, settings: Settings) -> None:
@@ -166,15 +167,16 @@ class _Run:
         workers = self._workers(merge)
         title = job.folder.parent.name
         total = sum(unit.bytes for unit in merge.units)
+        initial = sum(unit.bytes for unit in done)
         progress = Progress(
-            total, title, as_json=self._settings.as_json, quiet=self._settings.quiet
+            total, title, initial, as_json=self._settings.as_json, quiet=self._settings.quiet
         )
-        progress.skip(sum(unit.bytes for unit in done))
         try:
             shards = self._do_all(merge, workers, _Watch(job, merge.units, done, progress))
         finally:
             progress.close()
             workers.stop()
+            output.delete_partial(job.folder)
         check_inputs(self._manifest)
         output.write_index(job.recipe.out, shards)
         if merge.report is not None:
@@ -267,11 +269,15 @@ class _Watch:
 
     def show(self) -> None:
         """Show how much is done."""
-        partial = 0
-        for path in self._folder.glob(f"*{PARTIAL}"):
-            # It may have got its final name in the meantime.
-            partial += path.stat().st_size if path.exists() else 0
+        partial = sum(map(_size_of, self._folder.glob(f"*{PARTIAL}")))
         self._progress.show(sum(self._bytes[name] for name in self._done) + partial)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # It has got its final name in the meantime.
+        return 0
 
 
 def worker_count(merge: PlannedMerge, threads: int, options: Any) -> int:

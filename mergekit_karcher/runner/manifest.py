@@ -35,6 +35,11 @@ _COMPARED = {
 }
 
 
+def config_hash(recipe: Recipe) -> str:
+    """The SHA-256 of a config's text."""
+    return hashlib.sha256(recipe.source.encode()).hexdigest()
+
+
 def manifest_of(recipe: Recipe, merge: PlannedMerge) -> dict[str, Any]:
     """All that decides which bytes come of a merge, as it is stored.
 
@@ -46,17 +51,11 @@ def manifest_of(recipe: Recipe, merge: PlannedMerge) -> dict[str, Any]:
     return {
         "schema": _SCHEMA,
         "versions": {package: version(package) for package in packages},
-        "config": _digest(recipe),
+        "config": config_hash(recipe),
         "options": options,
         "inputs": {str(path): list(fingerprint(path)) for path in merge.input_files()},
         "units": [[unit.name, len(unit.places), unit.bytes] for unit in merge.units],
     }
-
-
-def is_of_config(recipe: Recipe, folder: Path) -> bool:
-    """Whether the merge that was begun in a folder has that config."""
-    path = folder / _FILE
-    return path.is_file() and _read(path)["config"] == _digest(recipe)
 
 
 def check_inputs(manifest: Mapping[str, Any]) -> None:
@@ -83,7 +82,7 @@ def begin_or_go_on(manifest: Mapping[str, Any], folder: Path) -> None:
     if not path.is_file():
         write_text(path, json.dumps(manifest, indent=1))
         return
-    begun = _read(path)
+    begun = json.loads(path.read_text(encoding="utf-8"))
     for key, words in _COMPARED.items():
         if begun.get(key) != manifest[key]:
             raise KarcherError(
@@ -91,15 +90,6 @@ def begin_or_go_on(manifest: Mapping[str, Any], folder: Path) -> None:
                 f"{_where(begun.get(key), manifest[key])}; run that one to its end, or begin anew "
                 "with --overwrite."
             )
-
-
-def _digest(recipe: Recipe) -> str:
-    return hashlib.sha256(recipe.source.encode()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return manifest
 
 
 def _where(before: Any, now: Any) -> str:

@@ -76,13 +76,18 @@ def in_use(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise KarcherError(f"{out} cannot be written to: {error.strerror}.") from None
     try:
-        for partial in work.rglob(f"*{PARTIAL}"):
-            partial.unlink()
+        delete_partial(work)
         yield work
     finally:
         lock.release()
         if not any(path.name != _LOCK for path in work.iterdir()):
             shutil.rmtree(work)
+
+
+def delete_partial(work: Path) -> None:
+    """Delete what processes that were killed have left half-written."""
+    for partial in work.rglob(f"*{PARTIAL}"):
+        partial.unlink()
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -102,8 +107,11 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 def begin_anew(work: Path) -> None:
-    """Delete what an earlier run has done, but for the lock."""
-    for path in work.iterdir():
+    """Delete what an earlier run has done, but for the lock.
+
+    The word that all is done goes last: until then, moving the result can be done again.
+    """
+    for path in sorted(work.iterdir(), key=lambda path: path.name == _WHOLE):
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name != _LOCK:
@@ -121,30 +129,34 @@ def write_index(folder: Path, shards: Iterable[tuple[str, Written]]) -> None:
     write_text(folder / _INDEX, json.dumps(content, indent=2) + "\n")
 
 
-def is_to_be_published(work: Path) -> bool:
-    """Whether an earlier run has done all but move the result."""
-    return (work / _WHOLE).is_file()
+def to_publish(work: Path) -> tuple[str, Path] | None:
+    """What an earlier run has left to move: the hash of its config, and the whole model."""
+    path = work / _WHOLE
+    if not path.is_file():
+        return None
+    config, name = path.read_text(encoding="utf-8").split(maxsplit=1)
+    return config, work / name
 
 
-def publish(model: Path, work: Path) -> None:
+def publish(model: Path, work: Path, config: str) -> None:
     """Move a whole model to the output folder, out of the working folder in it.
 
     The old weights there are deleted first. What makes the folder load comes last: if this is
     interrupted, doing it again ends it.
+
+    config: the hash of the config of that model.
     """
     out = work.parent
-    if is_to_be_published(work):
-        model = work / (work / _WHOLE).read_text(encoding="utf-8")
-    else:
+    if to_publish(work) is None:
         _sync_files(model)
-        write_text(work / _WHOLE, model.name)
+        write_text(work / _WHOLE, f"{config} {model.name}")
         sync_folder(work)
         (out / _CONFIG).unlink(missing_ok=True)
         for pattern in _WEIGHTS:
             for path in out.glob(pattern):
                 path.unlink()
-    names = sorted(os.listdir(model), key=lambda name: (*(name == last for last in _LAST), name))
-    for name in names:
+    names = os.listdir(model) if model.is_dir() else []
+    for name in sorted(names, key=lambda name: _LAST.index(name) + 1 if name in _LAST else 0):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
         os.replace(model / name, out / name)

@@ -15,35 +15,33 @@ class Progress:
     Arguments:
         total: Bytes of all units.
         title: What is merged.
+        initial: Bytes that an earlier run has merged, which say nothing of the rate.
         as_json: Whether to write lines of JSON to standard error in the place of a bar.
         quiet: Whether to write nothing.
     """
 
-    def __init__(self, total: int, title: str, *, as_json: bool, quiet: bool) -> None:
+    def __init__(self, total: int, title: str, initial: int, *, as_json: bool, quiet: bool) -> None:
         self._total, self._as_json, self._quiet = total, as_json, quiet
         self._begin = time.monotonic()
-        self._skipped = 0
+        self._initial = self._shown = initial
         self._bar = tqdm(
             total=total,
             desc=title,
+            initial=initial,
             unit="B",
             unit_scale=True,
             disable=quiet or as_json,
             mininterval=0.2,
         )
 
-    def skip(self, done: int) -> None:
-        """Count bytes that an earlier run has merged, which say nothing of the rate."""
-        self._skipped += done
-        self._bar.initial += done
-        self._bar.n += done
-
     def show(self, done: int) -> None:
         """Show that so many bytes are done, those of earlier runs included."""
-        self._bar.update(max(0, min(done, self._total) - self._bar.n))
+        done = max(self._shown, min(done, self._total))
+        self._bar.update(done - self._shown)
+        self._shown = done
         if self._as_json and not self._quiet:
             seconds = time.monotonic() - self._begin
-            rate = max(0, done - self._skipped) / seconds if seconds else 0.0
+            rate = (done - self._initial) / seconds if seconds else 0.0
             left = (self._total - done) / rate if rate else None
             line = {"bytes": done, "total": self._total, "bytes_per_second": rate}
             print(json.dumps(line | {"seconds_left": left}), file=sys.stderr, flush=True)
