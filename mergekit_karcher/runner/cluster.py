@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import socket
 from concurrent.futures import Future
 from typing import Any
 
 from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.runner.records import Record
 from mergekit_karcher.runner.work import Job, do_unit
+
+# How long an address may take to answer; Ray itself would try for minutes.
+_SECONDS = 10
 
 # How often Ray does a unit again whose worker was lost.
 _RETRIES = 5
@@ -33,6 +37,7 @@ class RayWorkers:
                 "--ray needs Ray: pip install 'mergekit-karcher[ray]' on every machine."
             ) from None
         try:
+            _reach(address)
             ray.init(
                 address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR
             )
@@ -60,3 +65,10 @@ class RayWorkers:
     def stop(self) -> None:
         """Leave the cluster, which ends what it still does for this merge."""
         self._ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raise `OSError` if nothing answers at an address that names a host and a port."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), _SECONDS).close()
