@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 import torch
 
 from mergekit_karcher.errors import KarcherError, first_line
 from mergekit_karcher.files import PARTIAL
 from mergekit_karcher.host.merging import Recipe, carry_out, plan
 from mergekit_karcher.host.planned import PlannedMerge, Unit
-from mergekit_karcher.runner import output
+from mergekit_karcher.runner import capacity, output
+from mergekit_karcher.runner.capacity import threads_a_worker, worker_count
 from mergekit_karcher.runner.cluster import RayWorkers
 from mergekit_karcher.runner.estimate import describe, estimate
 from mergekit_karcher.runner.local import LocalWorkers
@@ -32,12 +31,6 @@ from mergekit_karcher.runner.manifest import (
 from mergekit_karcher.runner.progress import Progress
 from mergekit_karcher.runner.records import DONE, Record
 from mergekit_karcher.runner.work import Job, keep
-
-# More threads a worker gain little: a merge is bound by memory.
-_THREADS = 4
-
-# What a worker needs beside its tensors.
-_WORKER_BYTES = 200 << 20
 
 # Workers lost one after the other, with no unit done in between, that are replaced.
 _LOSSES = 3
@@ -78,11 +71,11 @@ def merge(source: str, out: Path, options: Any, settings: Settings) -> None:
     out = out.absolute()
     work = out / output.WORK
     recipe = Recipe(source, work / out.name, options, Path.cwd())
-    threads = options.num_threads or min(torch.get_num_threads(), _THREADS)
+    cores = capacity.cores()
     if settings.dry_run:
         if not settings.overwrite:
             output.check_free(out)
-        _describe(recipe, threads, settings)
+        _describe(recipe, cores, settings)
         return
     with output.in_use(out):
         config = config_hash(recipe)
@@ -98,16 +91,17 @@ def merge(source: str, out: Path, options: Any, settings: Settings) -> None:
         missing = recipe.to_fetch()
         if missing:
             _check(recipe, plan(recipe, without=missing))
-        _merge(_Run(recipe, work, threads, settings), recipe)
+        _merge(_Run(recipe, work, cores, settings), recipe)
         output.publish(recipe.out, work, config)
 
 
-def _describe(recipe: Recipe, threads: int, settings: Settings) -> None:
+def _describe(recipe: Recipe, cores: int, settings: Settings) -> None:
     """Plan and check a merge, and print what it would take."""
     missing = recipe.to_fetch()
     planned = plan(recipe, without=missing)
     _check(recipe, planned)
-    workers = settings.workers or worker_count(planned, threads, recipe.options)
+    threads = threads_a_worker(planned, cores, recipe.options)
+    workers = settings.workers or worker_count(planned, cores, threads, recipe.options)
     for line in describe(planned, workers):
         click.echo(line)
     if missing:
@@ -143,15 +137,16 @@ class _Run:
     is_done: whether all of them are on disk.
     """
 
-    def __init__(self, recipe: Recipe, work: Path, threads: int, settings: Settings) -> None:
-        self._job = Job(recipe, work, threads)
+    def __init__(self, recipe: Recipe, work: Path, cores: int, settings: Settings) -> None:
+        self._recipe, self._work, self._cores = recipe, work, cores
         self._settings = settings
         self._manifest: dict[str, Any] = {}
         self.is_done = False
 
     def execute(self, merge: PlannedMerge) -> None:
         """Do all units of a plan, and write the index and the report."""
-        job = self._job
+        threads = threads_a_worker(merge, self._cores, self._recipe.options)
+        job = Job(self._recipe, self._work, threads)
         self._manifest = manifest_of(job.recipe, merge)
         if self._settings.overwrite:
             try:
@@ -164,7 +159,7 @@ class _Run:
         left = sum(unit.bytes for unit in merge.units if unit not in done and not unit.whole_model)
         output.check_space(job.recipe.out, left)
         keep(job.recipe, merge)
-        workers = self._workers(merge)
+        workers = self._workers(job, merge)
         title = job.folder.parent.name
         total = sum(unit.bytes for unit in merge.units)
         initial = sum(unit.bytes for unit in done)
@@ -218,7 +213,7 @@ class _Run:
                     lost.append(unit)
                 except Exception as error:
                     check_inputs(self._manifest)
-                    raise _explained(error, self._job) from error
+                    raise _explained(error, self._work) from error
                 else:
                     losses = 0
                     watch.count(unit)
@@ -236,20 +231,19 @@ class _Run:
                 workers.renew()
                 waiting = {workers.submit(unit.name, mean): unit for unit in lost}
 
-    def _workers(self, merge: PlannedMerge) -> LocalWorkers | RayWorkers:
-        settings, options = self._settings, self._job.recipe.options
+    def _workers(self, job: Job, merge: PlannedMerge) -> LocalWorkers | RayWorkers:
+        settings, options, threads = self._settings, self._recipe.options, job.threads
         if settings.ray is not None:
-            return RayWorkers(self._job, settings.ray)
+            return RayWorkers(job, settings.ray)
         gpus = torch.cuda.device_count() if options.multi_gpu else 0
-        count = settings.workers or gpus or worker_count(merge, self._job.threads, options)
+        count = settings.workers or gpus or worker_count(merge, self._cores, threads, options)
         if not settings.quiet:
-            threads = self._job.threads
             click.echo(
                 f"{_counted(count, 'worker')} of {_counted(threads, 'thread')}, "
                 f"{_counted(len(merge.units), 'unit')}.",
                 err=True,
             )
-        return LocalWorkers(self._job, count, own_gpus=gpus > 0)
+        return LocalWorkers(job, count, own_gpus=gpus > 0)
 
 
 class _Watch:
@@ -280,33 +274,18 @@ def _size_of(path: Path) -> int:
         return 0
 
 
-def worker_count(merge: PlannedMerge, threads: int, options: Any) -> int:
-    """How many workers this machine has cores, memory and work for."""
-    if options.device != "cpu":
-        return 1
-    units = max(
-        sum(unit.whole_model for unit in merge.units),
-        sum(not unit.whole_model for unit in merge.units),
-    )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    fit = int(psutil.virtual_memory().available // (merge.memory() + _WORKER_BYTES))
-    return max(1, min(units, (cores or 1) // threads, fit))
-
-
 def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _explained(error: Exception, job: Job) -> Exception:
+def _explained(error: Exception, work: Path) -> Exception:
     """What to tell of an error of a worker."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):  # Ray wraps what a task raises.
         error = cause
     goes_on = "run the same command again to go on"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return KarcherError(
-            f"The disk of {job.folder.parent} is full: free some space, and {goes_on}."
-        )
+        return KarcherError(f"The disk of {work.parent} is full: free some space, and {goes_on}.")
     if isinstance(error, OSError):
         where = f" {error.filename}" if error.filename else ""
         return KarcherError(
