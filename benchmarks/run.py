@@ -23,6 +23,7 @@ from long_runs import long_runs
 from matrices import inputs, own_changes, solves
 from merges import making, merges, metrics, reports
 from rows import Row
+from runner import runner
 from scratch import scratch
 from table import markdown
 
@@ -34,6 +35,7 @@ SECTIONS = (
     "scratch",
     "error",
     "merges",
+    "runner",
     "reports",
     "metrics",
     "making",
@@ -66,7 +68,7 @@ def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
         size, rounds = (4_000_000, 1) if quick else (100_000_000, 3)
         return making(options.params or size, options.scratch, rounds)
     parameters = options.params or (20_000_000 if quick else 1_000_000_000)
-    whole = {"reports": reports, "metrics": metrics, "merges": merges}[section]
+    whole = {"reports": reports, "metrics": metrics, "merges": merges, "runner": runner}[section]
     # Metrics are two more models' worth of files for each.
     parameters = parameters // 3 if section == "metrics" else parameters
     return whole(parameters, options.scratch, rounds=1 if quick else 5)

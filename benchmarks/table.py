@@ -11,6 +11,7 @@ from geometries import BASE, ROW, ROW_BASE, TENSOR
 from matrices import FORWARD, SELF
 from merges import MERGE, PLAIN_LOOP
 from rows import Row
+from runner import COPY, YAML
 
 _TIMES = "Minimum / median / 90 % of the rounds; quotients are of times in one round."
 
@@ -84,6 +85,21 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
             ("/ ours", "", "over", OURS),
             ("processor s", "", "processor_seconds"),
             *_MEMORY,
+        ),
+    ),
+    "runner": (
+        "mergekit-karcher merge against mergekit-yaml",
+        f"{_TIMES} Whole processes, inputs in the page cache, output to a memory file system and "
+        "to disk; start-up is --help. `cat and cp` reads all inputs once and writes the size of "
+        "the output once. Anonymous memory is that of the largest process, imports included.",
+        (
+            ("s", "", "seconds"),
+            ("/ mergekit-yaml linear", "", "over", f"{YAML} linear"),
+            ("/ mergekit-yaml karcher", "", "over", f"{YAML} karcher"),
+            ("/ cat and cp", "", "over", COPY),
+            ("processor s", "", "processor_seconds"),
+            ("anonymous, MB", "", "largest_process_anonymous_mb"),
+            ("load average", "", "load_average"),
         ),
     ),
     "reports": (
