@@ -22,6 +22,7 @@ from kernels import QUICK, Sizes, kernels
 from long_runs import long_runs
 from matrices import inputs, own_changes, solves
 from merges import making, merges, metrics, reports
+from passes import passes
 from rows import Row
 from runner import runner
 from scratch import scratch
@@ -30,6 +31,7 @@ from table import markdown
 RESULTS = Path(__file__).with_name("results.json")
 SECTIONS = (
     "kernels",
+    "passes",
     "geometries",
     "long",
     "scratch",
@@ -50,6 +52,8 @@ def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
     quick = options.quick
     if section == "kernels":
         return kernels(QUICK if quick else Sizes())
+    if section == "passes":
+        return passes(256, 2) if quick else passes(4096, 15)
     if section == "geometries":
         return geometries(256, (2,), 2) if quick else geometries(4096, (2, 5, 17), 7)
     if section == "long":

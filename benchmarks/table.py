@@ -10,6 +10,7 @@ from contestants import BUILTIN, CONTESTANTS, LINEAR, OURS
 from geometries import BASE, ROW, ROW_BASE, TENSOR
 from matrices import FORWARD, SELF
 from merges import MERGE, PLAIN_LOOP
+from passes import COMBINE, CONVERSION, GRAM, SUM
 from rows import Row
 from runner import COPY, YAML
 
@@ -33,6 +34,18 @@ _SECTIONS: dict[str, tuple[str, str, Sequence[tuple[str, ...]]]] = {
             ("built-in / ours", BUILTIN, "over", OURS),
             ("ours / linear", OURS, "over", LINEAR),
             ("built-in to ours, rad", BUILTIN, "rad_from_ours"),
+        ),
+    ),
+    "passes": (
+        "The two passes, in one thread",
+        f"{_TIMES} Processor time of one 4096 x 4096 tensor of each model. Pages are new where "
+        "freed memory goes back to the system, as large blocks do by default, and kept where "
+        "the allocator is told to keep it.",
+        (
+            *((f"{name}, s", name, "seconds") for name in (SUM, GRAM, COMBINE, LINEAR, OURS)),
+            (f"{SUM} / {GRAM}", SUM, "over", GRAM),
+            (f"{SUM} / {CONVERSION}", SUM, "over", CONVERSION),
+            ("ours / linear", OURS, "over", LINEAR),
         ),
     ),
     "geometries": (

@@ -368,3 +368,18 @@ def test_inputs_are_shared_between_threads_without_harm():
     with ThreadPoolExecutor(4) as pool:
         for mean, _ in pool.map(lambda _: karcher_mean(tensors), range(12)):
             assert torch.equal(mean, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_do_not_depend_on_the_number_of_threads(dtype):
+    """Bit for bit: or else the same merge would give other bytes on another machine."""
+    tensors = [draw(700, 900, dtype=dtype, seed=seed) for seed in range(3)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(grams(tensors)[0])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert np.array_equal(result, results[0])
