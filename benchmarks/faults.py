@@ -51,9 +51,10 @@ _SEED = 0
 _GRANULARITIES = ("tensor", "model")
 _MODELS, _WORKERS, _SHARDS = 3, 2, 8
 _ROUNDS = 5
-_STEP_SECONDS = 0.002
+_STEP_SECONDS, _UNIT_SECONDS = 0.002, 0.3
 _PAGE = 4096
 _SCRIPTS = Path(sysconfig.get_path("scripts"))
+_COMMAND = _SCRIPTS / "mergekit-karcher"
 
 Point = dict[str, Any]
 
@@ -106,7 +107,9 @@ class Merge:
 
     def start(self, log: Path | None = None) -> int:
         """Fork; the id of the driver's process."""
-        return fork(["merge", self.config, self.out, *self._options], log or self.log)
+        arguments = ["merge", self.config, self.out, *self._options]
+        prepare = functools.partial(_start_afresh, arguments) if "--ray" in arguments else None
+        return fork(arguments, log or self.log, prepare)
 
     def run(self) -> int:
         """Run to the end; the exit code."""
@@ -155,6 +158,13 @@ class Merge:
             return False
         left = self.files()
         return any(left.get(name) != content for name, content in self.expected.items())
+
+
+def _start_afresh(arguments: list[Any]) -> None:
+    """Become a new process of our command: a fork of one that has imported Ray cannot use it."""
+    for stream in (1, 2):
+        os.dup2(sys.stdout.fileno(), stream)
+    os.execv(_COMMAND, [str(argument) for argument in (_COMMAND, *arguments)])
 
 
 def _hash(path: Path) -> str:
@@ -304,8 +314,13 @@ def two_drivers(merge: Merge, draw: random.Random) -> Point | None:
 
 def lose_node(nodes: Any, merge: Merge, draw: random.Random) -> Point | None:
     """SIGKILL for all of one node of a Ray cluster; the run itself has to go on to its end."""
+    shards = sum(name.endswith(".safetensors") for name in merge.expected)
+    units = draw.randrange(2 * shards if merge.granularity == "model" else shards)
     process = merge.start()
-    if _ended_before(process, draw.uniform(0, merge.seconds)) is not None:
+    while len(list(merge.out.glob(".merge/*.done"))) < units:
+        if _ended_before(process, _STEP_SECONDS) is not None:
+            return None
+    if _ended_before(process, draw.uniform(0, _UNIT_SECONDS)) is not None:
         return None
     nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
     phase, code = merge.phase(), end_of(process, 300)
@@ -458,10 +473,11 @@ def table(rows: list[Row]) -> str:
         f"{' and '.join(map(str, seconds))} s from the fork of a process that has imported "
         "everything to the end of an undisturbed run. A fault comes at a random point of that "
         f"time, seed {_SEED}. Same bytes: after the cure, all files are as an undisturbed run "
-        "leaves them. A worker or node that is lost is no reason to stop; all else is cured (space on the disk, "
-        "the input put back as it was) and the same command run again. One sentence: the run was "
-        "refused or stopped by one error that says what to do. The other columns: what was going "
-        "on. The full disk is a tmpfs that another file fills. "
+        "leaves them. A worker or node that is lost is no reason to stop; all else is cured (space "
+        "on the disk, the input put back as it was) and the same command run again. One sentence: "
+        "the run was refused or stopped by one error that says what to do. The other columns: what "
+        "was going on. A node is removed when a random number of units is done; its runs start "
+        "fresh processes. The full disk is a tmpfs that another file fills. "
         f"Of all folders that were left in between, {wrong} had a config and were not whole.\n\n"
         f"{body}\n\n{', '.join(f'{k} {v}' for k, v in about.items())}; "
         f"{min(r['when'] for r in rows)} to {max(r['when'] for r in rows)}.\n"
