@@ -40,15 +40,17 @@ def llama(folder: Path, seed: int, extra_words: int = 0, dtype=torch.bfloat16, *
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
     config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=3,
-        vocab_size=len(vocabulary),
-        bos_token_id=1,
-        eos_token_id=2,
-        **options,
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 3,
+            "vocab_size": len(vocabulary),
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        | options
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="20KB")
     fast.save_pretrained(folder)

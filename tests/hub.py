@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -17,11 +18,15 @@ _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """A server on a free port of this machine; a context manager."""
+    """A server on a free port of this machine; a context manager.
+
+    repos: the files of each model. sent: path and bytes of every answer from a file of theirs.
+    """
 
     def __init__(self):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.lfs: dict[str, bytes] = {}
+        self.sent: list[tuple[str, int]] = []
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -77,8 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
             data = self.hub.repos.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
             if data is None:
                 return self._missing("EntryNotFound")
-            etag = hashlib.sha256(data).hexdigest()
-            return self._answer(200, data, {"ETag": f'"{etag}"', "X-Repo-Commit": _COMMIT})
+            return self._file(path, data)
         return self._missing("NotFound")
 
     do_HEAD = do_GET
@@ -135,6 +139,25 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(400, b"", {})
         self.hub.lfs[sha] = data
         return self._answer(200, b"", {})
+
+    def _file(self, path, data):
+        """Answer with a file, or the part of it that is asked for."""
+        headers = {
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Repo-Commit": _COMMIT,
+            "Accept-Ranges": "bytes",
+        }
+        status = 200
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if asked:
+            first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+            if first > last:
+                return self._answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+            status, data = 206, data[first : last + 1]
+        if self.command != "HEAD":
+            self.hub.sent.append((path, len(data)))
+        return self._answer(status, data, headers)
 
     @staticmethod
     def _mode(path):

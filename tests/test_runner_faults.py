@@ -331,6 +331,33 @@ def test_an_input_that_changes_during_a_run_stops_it(tmp_path, models):
     assert not merging.loads()
 
 
+def test_nothing_is_kept_of_an_input_that_was_spoilt_for_a_while(tmp_path, models, undisturbed):
+    kept, spoilt = models[0], shutil.copytree(models[0], tmp_path / models[0].name)
+    merging = Merging(tmp_path, [spoilt, *models[1:]])
+
+    def prepare():
+        save = work._save
+
+        def spoiling(*arguments):
+            for path in spoilt.glob("*.safetensors"):
+                content = bytearray((kept / path.name).read_bytes())
+                content[-1] ^= 1
+                path.write_bytes(content)
+            return save(*arguments)
+
+        work._save = spoiling
+
+    assert merging.run(prepare=prepare) == 1
+    assert "has changed while it was merged" in merging.error()
+    for path in spoilt.iterdir():
+        shutil.copy2(kept / path.name, path)
+    assert merging.run() == 0
+    assert merging.files.keys() == undisturbed["tensor"].keys()
+    for name, content in undisturbed["tensor"].items():
+        if name.endswith(".safetensors"):
+            assert merging.files[name] == content
+
+
 def test_another_config_in_the_same_folder_is_refused(merging, models, undisturbed):
     prepare, _ = killed_at(30, "all")
     merging.run(prepare=prepare)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,6 +43,13 @@ class Recipe:
         check_places(references, folder=self.folder, cache=cache)
         return to_fetch(references, cache)
 
+    def by_headers(self, models: Iterable[str]) -> AbstractContextManager[None]:
+        """Plan with the headers alone of some models, as `to_fetch` names them.
+
+        What is planned within must not be executed, and tells of its inputs only within.
+        """
+        return headers_only(models, self.options.transformers_cache)
+
 
 def carry_out(recipe: Recipe, execute: Callable[[PlannedMerge], None]) -> None:
     """Run mergekit's merge, which plans it and saves config, tokenizer and card.
@@ -68,11 +75,8 @@ def carry_out(recipe: Recipe, execute: Callable[[PlannedMerge], None]) -> None:
         )
 
 
-def plan(recipe: Recipe, *, without: Sequence[str] = ()) -> PlannedMerge:
-    """Plan a merge, and do nothing of it. Moves to the folder where its relative paths begin.
-
-    without: models of which only the headers are fetched; then the plan must not be executed.
-    """
+def plan(recipe: Recipe) -> PlannedMerge:
+    """Plan a merge, and do nothing of it. Moves to the folder where its relative paths begin."""
 
     class Planned(BaseException):
         """Carries the plan out of mergekit's function."""
@@ -82,9 +86,7 @@ def plan(recipe: Recipe, *, without: Sequence[str] = ()) -> PlannedMerge:
 
     os.chdir(recipe.folder)
     try:
-        cache = recipe.options.transformers_cache
-        with headers_only(without, cache) if without else nullcontext():
-            carry_out(recipe, stop)
+        carry_out(recipe, stop)
     except Planned as planned:
         merge: PlannedMerge = planned.args[0]
         return merge

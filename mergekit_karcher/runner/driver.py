@@ -90,7 +90,8 @@ def merge(source: str, out: Path, options: Any, settings: Settings) -> None:
         torch.set_num_threads(1)
         missing = recipe.to_fetch()
         if missing:
-            _check(recipe, plan(recipe, without=missing))
+            with recipe.by_headers(missing):
+                _check(recipe, plan(recipe))
         _merge(_Run(recipe, work, cores, settings), recipe)
         output.publish(recipe.out, work, config)
 
@@ -98,16 +99,17 @@ def merge(source: str, out: Path, options: Any, settings: Settings) -> None:
 def _describe(recipe: Recipe, cores: int, settings: Settings) -> None:
     """Plan and check a merge, and print what it would take."""
     missing = recipe.to_fetch()
-    planned = plan(recipe, without=missing)
-    _check(recipe, planned)
-    threads = threads_a_worker(planned, cores, recipe.options)
-    workers = settings.workers or worker_count(planned, cores, threads, recipe.options)
-    for line in describe(planned, workers):
-        click.echo(line)
-    if missing:
-        click.echo(f"To be fetched from the Hub first: {', '.join(missing)}.")
-    else:
-        click.echo(estimate(planned, workers, threads))
+    with recipe.by_headers(missing):
+        planned = plan(recipe)
+        _check(recipe, planned)
+        threads = threads_a_worker(planned, cores, recipe.options)
+        workers = settings.workers or worker_count(planned, cores, threads, recipe.options)
+        for line in describe(planned, workers):
+            click.echo(line)
+        if missing:
+            click.echo(f"To be fetched from the Hub first: {', '.join(missing)}.")
+        else:
+            click.echo(estimate(planned, workers, threads))
 
 
 def _check(recipe: Recipe, planned: PlannedMerge) -> None:

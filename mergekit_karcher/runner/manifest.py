@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,19 @@ def manifest_of(recipe: Recipe, merge: PlannedMerge) -> dict[str, Any]:
     }
 
 
-def check_inputs(manifest: Mapping[str, Any]) -> None:
-    """Raise `KarcherError` for the first input file that is no longer what it was."""
-    for path, before in manifest["inputs"].items():
-        if list(fingerprint(Path(path))) != before:
+def stored_manifest(folder: Path) -> dict[str, Any]:
+    """That of the merge that was begun in a folder."""
+    manifest: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
+    return manifest
+
+
+def check_inputs(manifest: Mapping[str, Any], only: Iterable[Path] | None = None) -> None:
+    """Raise `KarcherError` for the first input file that is no longer what it was.
+
+    only: the files to look at; None for all.
+    """
+    for path in manifest["inputs"] if only is None else sorted(map(str, only)):
+        if list(fingerprint(Path(path))) != manifest["inputs"][path]:
             raise KarcherError(
                 f"{path} has changed while it was merged: run the same command with --overwrite to "
                 "begin anew."
@@ -82,7 +91,7 @@ def begin_or_go_on(manifest: Mapping[str, Any], folder: Path) -> None:
     if not path.is_file():
         write_text(path, json.dumps(manifest, indent=1))
         return
-    begun = json.loads(path.read_text(encoding="utf-8"))
+    begun = stored_manifest(folder)
     for key, words in _COMPARED.items():
         if begun.get(key) != manifest[key]:
             raise KarcherError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from mergekit_karcher.host.merging import Recipe, plan
 from mergekit_karcher.host.planned import PlannedMerge, Unit
 from mergekit_karcher.runner.inputs import read_ahead
+from mergekit_karcher.runner.manifest import check_inputs, stored_manifest
 from mergekit_karcher.runner.records import DONE, Record, load, store
 from mergekit_karcher.runner.shards import ShardWriter, is_whole
 
@@ -52,6 +53,7 @@ def do_unit(job: Job, name: str, mean: Any) -> Record:
 
     Raises:
         OSError: If a file cannot be read or written.
+        KarcherError: If an input is no longer what the merge was begun with.
         Exception: Whatever mergekit or a merge method raises.
     """
     torch.set_num_threads(job.threads)
@@ -66,8 +68,15 @@ def do_unit(job: Job, name: str, mean: Any) -> Record:
         return record
     make = _take_products if unit.whole_model else functools.partial(_save, job.recipe.out / name)
     record = make(merge, unit)
+    # What came of a spoilt input must not be kept: the input may be mended before the next run.
+    check_inputs(stored_manifest(job.folder), set(_files(merge, unit)))
     store(record, path)
     return record
+
+
+def _files(merge: PlannedMerge, unit: Unit) -> Iterator[Path]:
+    for place in unit.places:
+        yield from (path for path, _ in merge.reads(place, whole_model=unit.whole_model))
 
 
 def _still_stands(record: Record, shard: Path) -> bool:
