@@ -101,8 +101,9 @@ class Merge:
                 raise RuntimeError(self.log.read_text())
             times.append(time.monotonic() - begin)
             left.append(self.files())
-        if any(files != left[0] for files in left):
-            raise RuntimeError("Undisturbed runs differ.")
+        different = {name for files in left for name, _ in files.items() ^ left[0].items()}
+        if different:
+            raise RuntimeError(f"Undisturbed runs differ in {different}:\n{self.log.read_text()}")
         return statistics.median(times), left[0]
 
     def start(self, log: Path | None = None) -> int:
@@ -358,11 +359,11 @@ def _small_disk(folder: Path, size: int) -> Iterator[Path]:
 FAULTS: dict[str, tuple[str, Callable[..., Point | None], int]] = {
     "worker": ("kill -9 of a worker", kill_worker, 100),
     "driver": ("kill -9 of the driver", kill_driver, 100),
-    "disk": ("a full disk", fill_disk, 40),
-    "truncated": ("a truncated input shard", truncate_input, 40),
+    "disk": ("a full disk", fill_disk, 30),
+    "truncated": ("a truncated input shard", truncate_input, 30),
     "changed": ("an input that changes between runs", change_input, 20),
     "drivers": ("two drivers on one folder", two_drivers, 20),
-    "node": ("a Ray node that is removed", lose_node, 10),
+    "node": ("a Ray node that is removed", lose_node, 8),
 }
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from multiprocessing import Value
+from multiprocessing import RLock, Value
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,9 @@ import yaml
 from configs import config_for
 from conftest import weights_of
 from processes import end_of, fork
+from tqdm import tqdm
 
-from mergekit_karcher.runner import driver, shards, work
+from mergekit_karcher.runner import driver, local, shards, work
 
 SHARD_BYTES = "20K"
 
@@ -169,6 +170,51 @@ def test_a_worker_that_is_killed_is_replaced(tmp_path, models, steps, granularit
         prepare, _ = killed_at(step, "worker")
         assert merging.run("--workers", "2", prepare=prepare) == 0, merging.said
         assert merging.files == undisturbed[granularity]
+
+
+@pytest.mark.parametrize("where", ["while it has the lock of progress bars", "at once"])
+def test_a_worker_that_is_killed_in_a_bad_moment_is_replaced(merging, where, undisturbed):
+    def prepare():
+        unlucky = Value("i", 1)
+        prepared, save = local._prepare, work._save
+
+        def die():
+            with unlucky.get_lock():
+                dies, unlucky.value = unlucky.value, 0
+            if dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def holding(*arguments):
+            tqdm.get_lock().acquire()
+            die()
+            tqdm.get_lock().release()
+            return save(*arguments)
+
+        def preparing(number):
+            die()
+            prepared(number)
+
+        if where == "at once":
+            local._prepare = preparing
+            slow_submit(local)
+        else:
+            work._save = holding
+            tqdm.set_lock(RLock())  # That of the process of the tests must stay free.
+
+    assert merging.run("--workers", "2", prepare=prepare) == 0, merging.said
+    assert merging.files == undisturbed["tensor"]
+
+
+def slow_submit(module):
+    """Have the loss of a worker be seen before all units are handed out."""
+    submit = module.LocalWorkers.submit
+
+    def late(self, *arguments):
+        future = submit(self, *arguments)
+        time.sleep(0.1)
+        return future
+
+    module.LocalWorkers.submit = late
 
 
 def test_workers_that_are_lost_again_and_again_stop_the_merge(merging, undisturbed):

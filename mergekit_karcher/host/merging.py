@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest import mock
 
 import mergekit.merge
 import yaml
@@ -68,7 +69,11 @@ def carry_out(recipe: Recipe, execute: Callable[[PlannedMerge], None]) -> None:
     check_places(
         list(named_in(document)), folder=recipe.folder, cache=recipe.options.transformers_cache
     )
-    with _executed_by(execute, recipe.options), restricted_unpickling():
+    with (
+        _executed_by(execute, recipe.options),
+        _models_in_order(document),
+        restricted_unpickling(),
+    ):
         config = MergeConfiguration.model_validate(document)
         mergekit.merge.run_merge(
             config, str(recipe.out), options=recipe.options, config_source=recipe.source
@@ -91,6 +96,24 @@ def plan(recipe: Recipe) -> PlannedMerge:
         merge: PlannedMerge = planned.args[0]
         return merge
     raise KarcherError("mergekit ran a merge without executing its plan: upgrade mergekit-karcher.")
+
+
+@contextmanager
+def _models_in_order(document: Any) -> Iterator[None]:
+    """Have mergekit go through the models in the order in which a config names them.
+
+    It keeps them in a set, so that in each process another one may come first: that which gives the
+    tokenizer, and the first tokens of a united vocabulary.
+    """
+    places = {name: place for place, name in reversed(list(enumerate(named_in(document))))}
+    referenced_models = MergeConfiguration.referenced_models
+
+    def in_order(self: Any) -> list[Any]:
+        models = referenced_models(self)
+        return sorted(models, key=lambda m: (places.get(str(m), len(places)), str(m)))
+
+    with mock.patch.object(MergeConfiguration, "referenced_models", in_order):
+        yield
 
 
 @contextmanager

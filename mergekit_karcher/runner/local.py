@@ -7,8 +7,11 @@ import os
 import signal
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any
+
+from tqdm import tqdm
 
 from mergekit_karcher.runner.records import Record
 from mergekit_karcher.runner.work import Job, do_unit
@@ -34,7 +37,12 @@ class LocalWorkers:
 
     def submit(self, name: str, mean: Any) -> Future[Record]:
         """Have a unit done; a lost process makes the future raise `BrokenProcessPool`."""
-        return self._pool.submit(do_unit, self._job, name, mean)
+        try:
+            return self._pool.submit(do_unit, self._job, name, mean)
+        except BrokenProcessPool as error:  # One was lost before all units were handed out.
+            lost: Future[Record] = Future()
+            lost.set_exception(error)
+            return lost
 
     def renew(self) -> None:
         """Start processes in the place of those of which one was lost."""
@@ -61,6 +69,8 @@ def _prepare(number: Any) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # That of the bars is shared by all processes, and one that is killed would keep it for ever.
+    tqdm.set_lock(threading.RLock())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if number is not None:
         with number.get_lock():
