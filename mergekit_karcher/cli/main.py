@@ -35,6 +35,7 @@ _COMMANDS = {
     "merge": ("mergekit_karcher.cli.merge", "Merge large models: in parallel, and resumable."),
     "repair": ("mergekit_karcher.cli.repair", "Rescale the hidden units of a merged network."),
     "report": ("mergekit_karcher.cli.report", "Show the geometry of a config's models."),
+    "suggest": ("mergekit_karcher.cli.suggest", "Write the config that suits some models."),
 }
 
 F = TypeVar("F", bound=Callable[..., Any])

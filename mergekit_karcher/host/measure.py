@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from tqdm import tqdm
 
@@ -53,6 +54,14 @@ def report_on(path: Path, options: Any) -> Report:
     Raises:
         KarcherError: For what a merge with our method would refuse.
     """
+    return report_on_document(read_config(path), path.name, path.parent, options)
+
+
+def report_on_document(document: dict[str, Any], name: str, folder: Path, options: Any) -> Report:
+    """The same for a config that is read already.
+
+    name: What the config is called in messages. folder: where its relative paths begin, for hints.
+    """
     register()
     # These need mergekit's own classes, which are there now.
     from mergekit_karcher.host.metric_loads import MetricFiles
@@ -66,15 +75,14 @@ def report_on(path: Path, options: Any) -> Report:
     )
     from mergekit_karcher.host.report_context import planned_of
 
-    document = read_config(path)
     _check_devices(options)
     asked_for = str(document.get("merge_method"))
     _check_method(asked_for)
-    config, tasks, sliced = _planned_as_karcher(document, asked_for, path.parent, options)
+    config, tasks, sliced = _planned_as_karcher(document, asked_for, folder, options)
     checkpoints = Checkpoints()
     merges = checkpoints.present(merge_tasks(around_base_if_in_changes(tasks), _OURS))
     if not merges:
-        raise KarcherError(f"There is nothing to report on in {path}: it merges no tensor.")
+        raise KarcherError(f"There is nothing to report on in {name}: it merges no tensor.")
     _stop_for([*problems(merges, checkpoints, sliced=sliced)])
     if drops(merges):
         for words in left_out(merges, checkpoints, sliced=sliced):
@@ -82,11 +90,11 @@ def report_on(path: Path, options: Any) -> Report:
     for sentence in missing_in_some(merges, checkpoints):
         _LOG.warning(sentence)
     method = asked_for if asked_for in FISHER_NAMES else KARCHER
-    run = checked_run(merges, config, path.name, method, watched=True)
+    run = checked_run(merges, config, name, method, watched=True)
     planned = planned_of(config, merges, checkpoints.counted_once(merges), asked_for)
     if all(_input_count(merge) < 2 for merge in merges):
         raise KarcherError(
-            f"There is nothing to compare in {path}: every tensor comes from one model."
+            f"There is nothing to compare in {name}: every tensor comes from one model."
         )
     metrics = MetricFiles(options.transformers_cache)
     ours = OurTasks(run, metrics, checkpoints).means_only(merges)
@@ -259,3 +267,14 @@ def _executed(tasks: Sequence[Any], options: Any) -> Iterator[Any]:
         executor = Executor(targets=tasks, math_device=options.device)
     for _, value in executor.run(quiet=options.quiet):
         yield value
+
+
+def dtype_of(model: str, options: Any) -> str | None:
+    """mergekit's name for the dtype that a model's config gives; None for a file of tensors."""
+    from mergekit.common import ModelReference
+
+    if os.path.isfile(model):
+        return None
+    reference = ModelReference.model_validate(model)
+    config = reference.config(trust_remote_code=options.trust_remote_code)
+    return str(getattr(config, "dtype", None) or torch.bfloat16).removeprefix("torch.")

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from mergekit_karcher.report.apart import plain
 from mergekit_karcher.report.schema import NOISE, Kind, Report
+from mergekit_karcher.report.suggestion import suggestion_of
 from mergekit_karcher.report.verdict import advice_on
 
 _DEGREES = math.degrees(1)
@@ -175,11 +176,10 @@ def models_line(report: Report) -> str:
 
 def markdown(report: Report, plots: Sequence[tuple[str, str]]) -> str:
     """The report in Markdown, without its single tensors, with a (file, title) for each plot."""
-    advice = advice_on(report)
     parts = [
         "# Geometry of this merge",
         report.verdict,
-        *([advice] if advice else []),
+        *_advice(report),
         models_line(report),
         markdown_tables(report),
         legend(report),
@@ -202,5 +202,14 @@ def show(report: Report, console: Console) -> None:
         console.print(table)
     console.print(legend(report), markup=False, highlight=False, style="dim")
     console.print(report.verdict, markup=False, highlight=False, style="bold")
-    if advice := advice_on(report):
+    for advice in _advice(report):
         console.print(advice, markup=False, highlight=False)
+
+
+def _advice(report: Report) -> list[str]:
+    """What is known of models like these, and what to do with them."""
+    advice = advice_on(report)
+    # What fisher sees of models is no measure of how far they are apart.
+    measured = report.overall.shares is None and not report.settings.in_metric
+    suggestion = [suggestion_of(report).sentence] if measured else []
+    return [*([advice] if advice else []), *suggestion]

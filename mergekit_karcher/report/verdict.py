@@ -228,13 +228,38 @@ def _task_vectors(report: Report) -> list[str]:
     ]
 
 
+def relations(report: Report) -> list[str]:
+    """How the models relate to each other and to the base, in at most four sentences."""
+    return [relation(report), *_task_vectors(report), *_inputs(report)]
+
+
+def strangers(report: Report) -> dict[str, float]:
+    """How long the changes are, beside the base, of models that are no fine-tunes of it."""
+    return {name: times for name, times in _lengths(report).items() if times >= 1}
+
+
+def is_crowded(report: Report) -> bool:
+    """Whether the models may ask for more than their network holds."""
+    lengths = _lengths(report)
+    if report.overall.input_overlap_average is None or not lengths:
+        return False
+    long = sum(lengths.values()) / len(lengths)
+    in_use = max(kind.inputs_in_use_average or 0.0 for kind in report.kinds)
+    return long > _LONG and in_use > _FULL
+
+
+def are_unrelated(report: Report) -> bool:
+    """Whether the models are so far apart that they can have no base in common."""
+    average_angle = _apart(report, "zero").average
+    return average_angle is not None and average_angle > _UNRELATED
+
+
 def _inputs(report: Report) -> list[str]:
     """What merge_method: fisher with metric: self would see of the changes from the base."""
-    lengths = _lengths(report)
-    strangers = {name: times for name, times in lengths.items() if times >= 1}
-    if strangers:
-        names = ", ".join(strangers)
-        times = plain(max(strangers.values()))
+    lengths, unlike = _lengths(report), strangers(report)
+    if unlike:
+        names = ", ".join(unlike)
+        times = plain(max(unlike.values()))
         return [
             f"{names}: as far from the base as unrelated models are (the changes are up to {times} "
             "times as long as the base), so no fine-tune of it. Merges of changes, metric: self "
@@ -253,13 +278,13 @@ def _inputs(report: Report) -> list[str]:
         f"The inputs that their changes respond to overlap by {plain(overlap)} (0: others, 1: the "
         f"same): merge_method: fisher with metric: self {keeps}."
     ]
-    long = sum(lengths.values()) / len(lengths)
-    kind = max(report.kinds, key=lambda kind: kind.inputs_in_use_average or 0.0)
-    in_use = kind.inputs_in_use_average or 0.0
-    if long > _LONG and in_use > _FULL:
+    if is_crowded(report):
+        long = sum(lengths.values()) / len(lengths)
+        kind = max(report.kinds, key=lambda kind: kind.inputs_in_use_average or 0.0)
         sentences.append(
             f"But the changes are {plain(long)} times as long as the base and take "
-            f"{_percent(in_use)} of the inputs of {kind.kind}: the models may ask for more than "
+            f"{_percent(kind.inputs_in_use_average)} of the inputs of {kind.kind}: the models may "
+            "ask for more than "
             "the network holds. Where that was so, no merge that we measured was better than "
             "linear."
         )
