@@ -75,7 +75,8 @@ def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
     whole = {"reports": reports, "metrics": metrics, "merges": merges, "runner": runner}[section]
     # Metrics are two more models' worth of files for each.
     parameters = parameters // 3 if section == "metrics" else parameters
-    return whole(parameters, options.scratch, rounds=1 if quick else 5)
+    rounds = 1 if quick else 3 if section == "runner" else 5
+    return whole(parameters, options.scratch, rounds=rounds)
 
 
 def write(rows: Sequence[Row], path: Path) -> None:
