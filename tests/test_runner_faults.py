@@ -18,10 +18,13 @@ from configs import config_for
 from conftest import weights_of
 from processes import end_of, fork
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
-from mergekit_karcher.runner import driver, local, shards, work
+from mergekit_karcher import files
+from mergekit_karcher.runner import driver, local, manifest, shards, work
 
 SHARD_BYTES = "20K"
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(autouse=True)
@@ -278,16 +281,32 @@ def test_a_signal_stops_it_with_a_sentence(merging, number, undisturbed):
     assert merging.files == undisturbed["tensor"]
 
 
-def test_a_full_disk_stops_it_until_there_is_space(merging, undisturbed):
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "model-00002-of-00003.safetensors", "config.json", INDEX, "whole"]
+)
+def test_a_full_disk_stops_it_until_there_is_space(merging, name, undisturbed):
     def prepare():
-        write = shards.ShardWriter._write_all
+        write, write_text = shards.ShardWriter._write_all, files.write_text
 
-        def until_full(self, block):
-            if self._path.name.startswith("model-00002"):
+        def check(path):
+            if Path(path).name.startswith(name):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write(self, block)
 
-        shards.ShardWriter._write_all = until_full
+        def block(self, content):
+            check(self._path)
+            write(self, content)
+
+        def text(path, content):
+            check(path)
+            write_text(path, content)
+
+        def config(self, folder, **_):
+            check(Path(folder, "config.json"))
+
+        shards.ShardWriter._write_all = block
+        manifest.write_text = driver.output.write_text = text
+        if name == "config.json":
+            PretrainedConfig.save_pretrained = config
 
     assert merging.run(prepare=prepare) == 1
     assert "is full: free some space, and run the same command again" in merging.error()

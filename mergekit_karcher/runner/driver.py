@@ -44,6 +44,9 @@ _LOSSES = 3
 
 _SECONDS = 0.3
 
+# What the system says where a disk, or a user's share of it, is full.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -84,23 +87,34 @@ def merge(source: str, out: Path, options: Any, settings: Settings) -> None:
             output.check_free(out)
         _describe(recipe, threads, settings)
         return
-    with output.in_use(out):
-        config = config_hash(recipe)
-        left = output.to_publish(work)
-        if left is not None:
-            output.publish(left[1], work, left[0])
-            if left[0] == config:
-                return
-        if not settings.overwrite:
-            output.check_free(out)
-        # A process that has started threads of OpenMP cannot be forked.
-        torch.set_num_threads(1)
-        missing = recipe.to_fetch()
-        if missing:
-            with recipe.by_headers(missing):
-                _check(recipe, plan(recipe))
-        _merge(_Run(recipe, work, threads, settings), recipe)
-        output.publish(recipe.out, work, config)
+    try:
+        with output.in_use(out) as work:
+            _merge_or_publish(_Run(recipe, work, threads, settings))
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _explained(error, out) from error
+
+
+def _merge_or_publish(run: _Run) -> None:
+    """Do what is left to do of a merge, in a folder that no other run has."""
+    recipe, work = run.job.recipe, run.job.folder
+    config = config_hash(recipe)
+    left = output.to_publish(work)
+    if left is not None:
+        output.publish(left[1], work, left[0])
+        if left[0] == config:
+            return
+    if not run.settings.overwrite:
+        output.check_free(work.parent)
+    # A process that has started threads of OpenMP cannot be forked.
+    torch.set_num_threads(1)
+    missing = recipe.to_fetch()
+    if missing:
+        with recipe.by_headers(missing):
+            _check(recipe, plan(recipe))
+    _merge(run)
+    output.publish(recipe.out, work, config)
 
 
 def _describe(recipe: Recipe, threads: int, settings: Settings) -> None:
@@ -124,13 +138,13 @@ def _check(recipe: Recipe, planned: PlannedMerge) -> None:
     output.check_space(recipe.out, sum(u.bytes for u in planned.units if not u.whole_model))
 
 
-def _merge(run: _Run, recipe: Recipe) -> None:
+def _merge(run: _Run) -> None:
     try:
-        carry_out(recipe, run.execute)
+        carry_out(run.job.recipe, run.execute)
     except KarcherError:
         raise
     except Exception as error:
-        if not run.is_done:
+        if not run.is_done or getattr(error, "errno", None) in _FULL:
             raise
         raise KarcherError(
             "All tensors are merged, but mergekit could not write the config, the tokenizer or the "
@@ -142,20 +156,20 @@ def _merge(run: _Run, recipe: Recipe) -> None:
 class _Run:
     """The tensors of one merge.
 
-    is_done: whether all of them are on disk.
+    job, settings: what it is, and how it is done. is_done: whether all of them are on disk.
     """
 
     def __init__(self, recipe: Recipe, work: Path, threads: int, settings: Settings) -> None:
-        self._job = Job(recipe, work, threads)
-        self._settings = settings
+        self.job = Job(recipe, work, threads)
+        self.settings = settings
         self._manifest: dict[str, Any] = {}
         self.is_done = False
 
     def execute(self, merge: PlannedMerge) -> None:
         """Do all units of a plan, and write the index and the report."""
-        job = self._job
+        job = self.job
         self._manifest = manifest_of(job.recipe, merge)
-        if self._settings.overwrite:
+        if self.settings.overwrite:
             try:
                 begin_or_go_on(self._manifest, job.folder)
             except KarcherError:
@@ -171,7 +185,7 @@ class _Run:
         total = sum(unit.bytes for unit in merge.units)
         initial = sum(unit.bytes for unit in done)
         progress = Progress(
-            total, title, initial, as_json=self._settings.as_json, quiet=self._settings.quiet
+            total, title, initial, as_json=self.settings.as_json, quiet=self.settings.quiet
         )
         try:
             shards = self._do_all(merge, workers, _Watch(job, merge.units, done, progress))
@@ -220,7 +234,7 @@ class _Run:
                     lost.append(unit)
                 except Exception as error:
                     check_inputs(self._manifest)
-                    raise _explained(error, self._job) from error
+                    raise _explained(error, self.job.folder.parent) from error
                 else:
                     losses = 0
                     watch.count(unit)
@@ -239,19 +253,19 @@ class _Run:
                 waiting = {workers.submit(unit.name, mean): unit for unit in lost}
 
     def _workers(self, merge: PlannedMerge) -> LocalWorkers | RayWorkers:
-        settings, options = self._settings, self._job.recipe.options
+        settings, options = self.settings, self.job.recipe.options
         if settings.ray is not None:
-            return RayWorkers(self._job, settings.ray)
+            return RayWorkers(self.job, settings.ray)
         gpus = torch.cuda.device_count() if options.multi_gpu else 0
-        count = settings.workers or gpus or worker_count(merge, self._job.threads, options)
+        count = settings.workers or gpus or worker_count(merge, self.job.threads, options)
         if not settings.quiet:
-            threads = self._job.threads
+            threads = self.job.threads
             click.echo(
                 f"{_counted(count, 'worker')} of {_counted(threads, 'thread')}, "
                 f"{_counted(len(merge.units), 'unit')}.",
                 err=True,
             )
-        return LocalWorkers(self._job, count, own_gpus=gpus > 0)
+        return LocalWorkers(self.job, count, own_gpus=gpus > 0)
 
 
 class _Watch:
@@ -299,16 +313,14 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _explained(error: Exception, job: Job) -> Exception:
+def _explained(error: Exception, out: Path) -> Exception:
     """What to tell of an error of a worker."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):  # Ray wraps what a task raises.
         error = cause
     goes_on = "run the same command again to go on"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return KarcherError(
-            f"The disk of {job.folder.parent} is full: free some space, and {goes_on}."
-        )
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return KarcherError(f"The disk of {out} is full: free some space, and {goes_on}.")
     if isinstance(error, OSError):
         where = f" {error.filename}" if error.filename else ""
         return KarcherError(
