@@ -24,7 +24,7 @@ from mergekit_karcher.cli import merge as _imported_before_forks  # noqa: F401
 WORKERS = 2
 STEP_SECONDS = 0.002
 
-_ROUNDS = 5
+_ROUNDS, _SLOW_ROUNDS = 5, 2
 _COMMAND = SCRIPTS / "mergekit-karcher"
 
 
@@ -63,7 +63,7 @@ class Merge:
 
     def _undisturbed(self) -> tuple[float, dict[str, str]]:
         times, left = [], []
-        for _ in range(_ROUNDS):
+        for _ in range(_SLOW_ROUNDS if "--ray" in self._options else _ROUNDS):
             self.clear()
             begin = time.monotonic()
             if self.run():

@@ -231,7 +231,7 @@ FAULTS: dict[str, tuple[str, Callable[..., Point | None], int]] = {
     "truncated": ("a truncated input shard", truncate_input, 30),
     "changed": ("an input that changes between runs", change_input, 20),
     "drivers": ("two drivers on one folder", two_drivers, 20),
-    "node": ("a Ray node that is removed", lose_node, 8),
+    "node": ("a Ray node that is removed", lose_node, 6),
 }
 
 
