@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,6 @@ from mergekit_karcher.cli import merge as _imported_before_forks  # noqa: F401
 WORKERS = 2
 STEP_SECONDS = 0.002
 
-_ROUNDS, _SLOW_ROUNDS = 5, 2
 _COMMAND = SCRIPTS / "mergekit-karcher"
 
 
@@ -38,8 +36,8 @@ class Merge:
         shard: Bytes of a shard at most.
         options: More of the command.
 
-    expected: a hash of each file that an undisturbed run leaves. seconds: its median time from the
-    fork to the end.
+    expected: a hash of each file that an undisturbed run leaves. seconds: its time from the fork to
+    the end, when it was last measured.
     """
 
     def __init__(
@@ -59,21 +57,21 @@ class Merge:
             "dtype": "bfloat16",
         }
         self.config.write_text(yaml.safe_dump(document))
-        self.seconds, self.expected = self._undisturbed()
+        self.expected: dict[str, str] = {}
+        self.measure()
 
-    def _undisturbed(self) -> tuple[float, dict[str, str]]:
-        times, left = [], []
-        for _ in range(_SLOW_ROUNDS if "--ray" in self._options else _ROUNDS):
-            self.clear()
-            begin = time.monotonic()
-            if self.run():
-                raise RuntimeError(self.log.read_text())
-            times.append(time.monotonic() - begin)
-            left.append(self.files())
-        different = {name for files in left for name, _ in files.items() ^ left[0].items()}
+    def measure(self) -> None:
+        """Run undisturbed; raises if that fails, or does not leave what it left before."""
+        self.clear()
+        begin = time.monotonic()
+        if self.run():
+            raise RuntimeError(self.log.read_text())
+        self.seconds = time.monotonic() - begin
+        left = self.files()
+        self.expected = self.expected or left
+        different = {name for name, _ in left.items() ^ self.expected.items()}
         if different:
             raise RuntimeError(f"Undisturbed runs differ in {different}:\n{self.log.read_text()}")
-        return statistics.median(times), left[0]
 
     def start(self, log: Path | None = None) -> int:
         """Fork; the id of the driver's process."""

@@ -34,7 +34,7 @@ from checkpoints import write_checkpoints, write_tokenizer
 from disturbed import STEP_SECONDS, WORKERS, Merge, ended_before
 from merges import SCRIPTS
 from processes import end_of
-from rows import Row, row
+from rows import Row, quantiles, row
 from safetensors import safe_open
 
 _RESULTS = Path(__file__).with_suffix(".json")
@@ -43,6 +43,9 @@ _SEED = 0
 _GRANULARITIES = ("tensor", "model")
 _MODELS, _SHARDS = 3, 8
 _UNIT_SECONDS = 0.3
+
+# After so many points an undisturbed run is measured again, as others may use the machine too.
+_AGAIN = 5
 _PAGE = 4096
 
 Point = dict[str, Any]
@@ -240,7 +243,11 @@ def strike(title: str, fault: Callable[..., Point | None], merge: Merge, count: 
     draw = random.Random(f"{_SEED} {title} {merge.granularity}")
     points: list[Point] = []
     missed = 0
+    seconds = []
     while len(points) < count:
+        if not seconds or len(points) >= _AGAIN * len(seconds):
+            merge.measure()
+            seconds.append(merge.seconds)
         merge.clear()
         point = fault(merge, draw)
         if point is None:
@@ -258,7 +265,7 @@ def strike(title: str, fault: Callable[..., Point | None], merge: Merge, count: 
         "same": sum(point["same"] for point in points),
         "load_though_not_whole": sum(p.get("loads_though_not_whole", False) for p in points),
         "phases": dict(Counter(point["phase"] for point in points)),
-        "seconds": round(merge.seconds, 2),
+        "seconds": quantiles(seconds),
     }
 
 
@@ -334,14 +341,18 @@ def table(rows: list[Row]) -> str:
     about = {**rows[0]["machine"], **rows[0]["versions"], "ray": version("ray")}
     case = rows[0]["case"]
     wrong = sum(r["result"].get("load_though_not_whole", 0) for r in rows)
-    seconds = [r["result"]["seconds"] for r in rows if r["contestant"] == FAULTS["driver"][0]]
+    seconds = [
+        f"{r['result']['seconds']['median']:.2g}"
+        for r in rows
+        if r["contestant"] == FAULTS["driver"][0]
+    ]
     return (
         "# Merges that are disturbed\n\n"
         f"`mergekit-karcher merge` of {case['models']} models of {case['parameters']} parameters "
         f"in {case['dtype']}, {WORKERS} workers, {_SHARDS} shards or a few more; "
-        f"{' and '.join(map(str, seconds))} s from the fork of a process that has imported "
-        "everything to the end of an undisturbed run. A fault comes at a random point of that "
-        f"time, seed {_SEED}. Same bytes: after the cure, all files are as an undisturbed run "
+        f"{' and '.join(seconds)} s from the fork of a process that has imported "
+        "everything to the end of an undisturbed run (medians). A fault comes at a random point of "
+        f"that time, seed {_SEED}. Same bytes: after the cure, all files are as an undisturbed run "
         "leaves them. A worker or node that is lost is no reason to stop; all else is cured (space "
         "on the disk, the input put back as it was) and the same command run again. One sentence: "
         "the run was refused or stopped by one error that says what to do. The other columns: what "
