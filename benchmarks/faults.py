@@ -15,12 +15,9 @@ import os
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,158 +30,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import psutil
 import torch
-import xxhash
-import yaml
 from checkpoints import write_checkpoints, write_tokenizer
-from rows import Row, row
+from disturbed import STEP_SECONDS, WORKERS, Merge, ended_before
+from merges import SCRIPTS
+from processes import end_of
+from rows import Row, quantiles, row
 from safetensors import safe_open
-
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
-
-from processes import end_of, fork
-
-from mergekit_karcher.cli import merge as _imported_before_forks  # noqa: F401
 
 _RESULTS = Path(__file__).with_suffix(".json")
 _NAMESPACE = "KARCHER_FAULTS_NAMESPACE"
 _SEED = 0
 _GRANULARITIES = ("tensor", "model")
-_MODELS, _WORKERS, _SHARDS = 3, 2, 8
-_ROUNDS = 5
-_STEP_SECONDS, _UNIT_SECONDS = 0.002, 0.3
+_MODELS, _SHARDS = 3, 8
+_UNIT_SECONDS = 0.3
+
+# After so many points an undisturbed run is measured again, as others may use the machine too.
+_AGAIN = 5
 _PAGE = 4096
-_SCRIPTS = Path(sysconfig.get_path("scripts"))
-_COMMAND = _SCRIPTS / "mergekit-karcher"
 
 Point = dict[str, Any]
-
-
-class Merge:
-    """One merge that is run again and again by forks of this process.
-
-    Arguments:
-        folder: What is written goes there.
-        models: The inputs.
-        granularity: Of the mean.
-        shard: Bytes of a shard at most.
-        options: More of the command.
-
-    expected: a hash of each file that an undisturbed run leaves. seconds: its median time from the
-    fork to the end.
-    """
-
-    def __init__(
-        self, folder: Path, models: list[Path], granularity: str, shard: int, *options: str
-    ) -> None:
-        self.config, self.log = folder / f"{granularity}.yml", folder / "log"
-        self.out = folder / "merged"
-        self.models, self.granularity = models, granularity
-        workers = options or ("--workers", _WORKERS)
-        self._options = ("--num-threads", 1, "--out-shard-size", shard, *workers)
-        document = {
-            "merge_method": "karcher",
-            "models": [
-                {"model": str(m), "parameters": {"weight": 1 + i}} for i, m in enumerate(models)
-            ],
-            "parameters": {"granularity": granularity},
-            "dtype": "bfloat16",
-        }
-        self.config.write_text(yaml.safe_dump(document))
-        self.seconds, self.expected = self._undisturbed()
-
-    def _undisturbed(self) -> tuple[float, dict[str, str]]:
-        times, left = [], []
-        for _ in range(_ROUNDS):
-            self.clear()
-            begin = time.monotonic()
-            if self.run():
-                raise RuntimeError(self.log.read_text())
-            times.append(time.monotonic() - begin)
-            left.append(self.files())
-        different = {name for files in left for name, _ in files.items() ^ left[0].items()}
-        if different:
-            raise RuntimeError(f"Undisturbed runs differ in {different}:\n{self.log.read_text()}")
-        return statistics.median(times), left[0]
-
-    def start(self, log: Path | None = None) -> int:
-        """Fork; the id of the driver's process."""
-        arguments = ["merge", self.config, self.out, *self._options]
-        prepare = functools.partial(_start_afresh, arguments) if "--ray" in arguments else None
-        return fork(arguments, log or self.log, prepare)
-
-    def run(self) -> int:
-        """Run to the end; the exit code."""
-        return end_of(self.start(), 300)
-
-    def files(self) -> dict[str, str]:
-        """A hash of each file in the output folder, by its path there."""
-        paths = [path for path in self.out.rglob("*") if path.is_file()]
-        return {str(path.relative_to(self.out)): _hash(path) for path in sorted(paths)}
-
-    def clear(self) -> None:
-        """Delete the output folder, even while a worker of a killed driver ends."""
-        while self.out.exists():
-            shutil.rmtree(self.out, ignore_errors=True)
-
-    def same_bytes(self) -> bool:
-        """Whether the output folder is what an undisturbed run leaves."""
-        return self.files() == self.expected
-
-    def error(self, log: Path | None = None) -> str | None:
-        """The one sentence that a run ended with, if it is that."""
-        said = (log or self.log).read_text()
-        lines = [line for line in said.splitlines() if line.startswith("Error: ")]
-        known = len(lines) == 1 and "Traceback" not in said and "does not know" not in said
-        return lines[0] if known else None
-
-    def phase(self) -> str:
-        """What was done when a run was stopped, by the files that it left."""
-        work = self.out / ".merge"
-        done = sorted(path.name for path in work.glob("*.done"))
-        shards = sum(name.endswith(".safetensors") for name in self.expected)
-        if (work / "whole").exists() or (self.out / "config.json").exists():
-            return "publishing"
-        if not (work / "manifest.json").exists():
-            return "planning"
-        if len([name for name in done if name.startswith("model")]) == shards:
-            return "config, tokenizer and card"
-        inner = self.granularity == "model" and not list(work.glob("*/model*.partial"))
-        if inner and len([name for name in done if name.startswith("products")]) < shards:
-            return "inner products"
-        return "shards"
-
-    def loads_though_not_whole(self) -> bool:
-        """Whether the output folder has a config, but not all that an undisturbed run leaves."""
-        if not (self.out / "config.json").exists():
-            return False
-        left = self.files()
-        return any(left.get(name) != content for name, content in self.expected.items())
-
-
-def _start_afresh(arguments: list[Any]) -> None:
-    """Become a new process of our command: a fork of one that has imported Ray cannot use it."""
-    for stream in (1, 2):
-        os.dup2(sys.stdout.fileno(), stream)
-    os.execv(_COMMAND, [str(argument) for argument in (_COMMAND, *arguments)])
-
-
-def _hash(path: Path) -> str:
-    found = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            found.update(block)
-    return found.hexdigest()
-
-
-def _ended_before(process: int, seconds: float) -> int | None:
-    """Wait so long; the exit code if the process has ended by then."""
-    stop = time.monotonic() + seconds
-    while (left := stop - time.monotonic()) > 0:
-        ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(min(left, _STEP_SECONDS))
-    return None
 
 
 def _cured(merge: Merge) -> bool:
@@ -192,10 +56,19 @@ def _cured(merge: Merge) -> bool:
     return merge.run() == 0 and merge.same_bytes()
 
 
+def _told(merge: Merge, *words: str) -> bool:
+    """Whether a run has ended with one sentence that has any of those words."""
+    error = merge.error()
+    if error is not None and any(word in error for word in words):
+        return True
+    print(merge.log.read_text()[-3000:], file=sys.stderr, flush=True)
+    return False
+
+
 def kill_driver(merge: Merge, draw: random.Random) -> Point | None:
     """SIGKILL for the process that was started; its workers see that it is gone."""
     process = merge.start()
-    if _ended_before(process, draw.uniform(0, merge.seconds)) is not None:
+    if ended_before(process, draw.uniform(0, merge.seconds)) is not None:
         return None
     os.kill(process, signal.SIGKILL)
     if end_of(process) != -signal.SIGKILL:
@@ -209,7 +82,7 @@ def kill_worker(merge: Merge, draw: random.Random) -> Point | None:
     """SIGKILL for one of the workers; the run itself has to go on to its end."""
     process = merge.start()
     workers = []
-    if _ended_before(process, draw.uniform(0, merge.seconds)) is None:
+    if ended_before(process, draw.uniform(0, merge.seconds)) is None:
         workers = psutil.Process(process).children()
         if workers:
             draw.choice(workers).kill()
@@ -222,7 +95,7 @@ def fill_disk(merge: Merge, draw: random.Random) -> Point | None:
     """Nothing left on the disk of the output, a tmpfs, until the file that fills it is deleted."""
     ballast = merge.out.with_name("ballast")
     process = merge.start()
-    code = _ended_before(process, draw.uniform(0, merge.seconds))
+    code = ended_before(process, draw.uniform(0, merge.seconds))
     if code is None:
         _fill(ballast)
         phase, code = merge.phase(), end_of(process)
@@ -230,8 +103,8 @@ def fill_disk(merge: Merge, draw: random.Random) -> Point | None:
     if code == 0:
         return None
     point = {"phase": phase, "loads_though_not_whole": merge.loads_though_not_whole()}
-    error = merge.error()
-    return point | {"sentence": error is not None and "full" in error, "same": _cured(merge)}
+    told = _told(merge, "free some", "No space left")
+    return point | {"sentence": told, "same": _cured(merge)}
 
 
 def _fill(ballast: Path) -> None:
@@ -255,22 +128,21 @@ def truncate_input(merge: Merge, draw: random.Random) -> Point | None:
     cut = draw.randrange(1, draw.choice((_PAGE, size)))
     with _put_back(path):
         process = merge.start()
-        code = _ended_before(process, draw.uniform(0, merge.seconds))
+        code = ended_before(process, draw.uniform(0, merge.seconds))
         if code is None:
             os.truncate(path, size - cut)
             phase, code = merge.phase(), end_of(process)
     if code == 0:
         return None
     point = {"phase": phase, "loads_though_not_whole": merge.loads_though_not_whole()}
-    error = merge.error()
-    return point | {"sentence": error is not None and str(path) in error, "same": _cured(merge)}
+    return point | {"sentence": _told(merge, str(path)), "same": _cured(merge)}
 
 
 def change_input(merge: Merge, draw: random.Random) -> Point | None:
     """A driver is killed, a byte of an input changes, and the next run has to refuse it."""
     path = draw.choice(sorted(draw.choice(merge.models).glob("*.safetensors")))
     process = merge.start()
-    if _ended_before(process, draw.uniform(0, merge.seconds)) is not None:
+    if ended_before(process, draw.uniform(0, merge.seconds)) is not None:
         return None
     os.kill(process, signal.SIGKILL)
     end_of(process)
@@ -283,8 +155,7 @@ def change_input(merge: Merge, draw: random.Random) -> Point | None:
             byte = file.read(1)
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte[0] ^ 1]))
-        code, error = merge.run(), merge.error()
-    told = code == 1 and error is not None and str(path) in error
+        told = merge.run() == 1 and _told(merge, str(path))
     return {"phase": phase, "sentence": told, "same": _cured(merge)}
 
 
@@ -304,7 +175,7 @@ def _put_back(path: Path) -> Iterator[None]:
 def two_drivers(merge: Merge, draw: random.Random) -> Point | None:
     """The same command a second time while the first one runs; it has to be refused."""
     first = merge.start()
-    if _ended_before(first, draw.uniform(0, merge.seconds)) is not None:
+    if ended_before(first, draw.uniform(0, merge.seconds)) is not None:
         return None
     phase, log = merge.phase(), merge.log.with_name("second")
     codes = [end_of(process) for process in (merge.start(log=log), first)]
@@ -319,9 +190,9 @@ def lose_node(nodes: Any, merge: Merge, draw: random.Random) -> Point | None:
     units = draw.randrange(2 * shards if merge.granularity == "model" else shards)
     process = merge.start()
     while len(list(merge.out.glob(".merge/*.done"))) < units:
-        if _ended_before(process, _STEP_SECONDS) is not None:
+        if ended_before(process, STEP_SECONDS) is not None:
             return None
-    if _ended_before(process, draw.uniform(0, _UNIT_SECONDS)) is not None:
+    if ended_before(process, draw.uniform(0, _UNIT_SECONDS)) is not None:
         return None
     nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
     phase, code = merge.phase(), end_of(process, 300)
@@ -363,7 +234,7 @@ FAULTS: dict[str, tuple[str, Callable[..., Point | None], int]] = {
     "truncated": ("a truncated input shard", truncate_input, 30),
     "changed": ("an input that changes between runs", change_input, 20),
     "drivers": ("two drivers on one folder", two_drivers, 20),
-    "node": ("a Ray node that is removed", lose_node, 8),
+    "node": ("a Ray node that is removed", lose_node, 6),
 }
 
 
@@ -372,7 +243,11 @@ def strike(title: str, fault: Callable[..., Point | None], merge: Merge, count: 
     draw = random.Random(f"{_SEED} {title} {merge.granularity}")
     points: list[Point] = []
     missed = 0
+    seconds = []
     while len(points) < count:
+        if not seconds or len(points) >= _AGAIN * len(seconds):
+            merge.measure()
+            seconds.append(merge.seconds)
         merge.clear()
         point = fault(merge, draw)
         if point is None:
@@ -380,7 +255,7 @@ def strike(title: str, fault: Callable[..., Point | None], merge: Merge, count: 
             continue
         points.append(point)
         print(title, merge.granularity, len(points), point, file=sys.stderr, flush=True)
-        if not all(point.get(key, True) for key in ("same", "sentence")):
+        if not point["same"]:
             print(merge.log.read_text()[-3000:], file=sys.stderr, flush=True)
     merge.clear()
     told = {"sentences": sum(p["sentence"] for p in points)} if "sentence" in points[0] else {}
@@ -390,14 +265,14 @@ def strike(title: str, fault: Callable[..., Point | None], merge: Merge, count: 
         "same": sum(point["same"] for point in points),
         "load_though_not_whole": sum(p.get("loads_though_not_whole", False) for p in points),
         "phases": dict(Counter(point["phase"] for point in points)),
-        "seconds": round(merge.seconds, 2),
+        "seconds": quantiles(seconds),
     }
 
 
 def tensors_of_mergekit_yaml(merge: Merge) -> Point:
     """How many tensors there are, and how many of them are the same in an undisturbed run."""
     theirs = merge.out.with_name("theirs")
-    command = [_SCRIPTS / "mergekit-yaml", merge.config, theirs, "--num-threads", "1", "--quiet"]
+    command = [SCRIPTS / "mergekit-yaml", merge.config, theirs, "--num-threads", "1", "--quiet"]
     subprocess.run(command, check=True, timeout=600)
     merge.clear()
     merge.run()
@@ -466,14 +341,18 @@ def table(rows: list[Row]) -> str:
     about = {**rows[0]["machine"], **rows[0]["versions"], "ray": version("ray")}
     case = rows[0]["case"]
     wrong = sum(r["result"].get("load_though_not_whole", 0) for r in rows)
-    seconds = [r["result"]["seconds"] for r in rows if r["contestant"] == FAULTS["driver"][0]]
+    seconds = [
+        f"{r['result']['seconds']['median']:.2g}"
+        for r in rows
+        if r["contestant"] == FAULTS["driver"][0]
+    ]
     return (
         "# Merges that are disturbed\n\n"
         f"`mergekit-karcher merge` of {case['models']} models of {case['parameters']} parameters "
-        f"in {case['dtype']}, {_WORKERS} workers, {_SHARDS} shards or a few more; "
-        f"{' and '.join(map(str, seconds))} s from the fork of a process that has imported "
-        "everything to the end of an undisturbed run. A fault comes at a random point of that "
-        f"time, seed {_SEED}. Same bytes: after the cure, all files are as an undisturbed run "
+        f"in {case['dtype']}, {WORKERS} workers, {_SHARDS} shards or a few more; "
+        f"{' and '.join(seconds)} s from the fork of a process that has imported "
+        "everything to the end of an undisturbed run (medians). A fault comes at a random point of "
+        f"that time, seed {_SEED}. Same bytes: after the cure, all files are as an undisturbed run "
         "leaves them. A worker or node that is lost is no reason to stop; all else is cured (space "
         "on the disk, the input put back as it was) and the same command run again. One sentence: "
         "the run was refused or stopped by one error that says what to do. The other columns: what "

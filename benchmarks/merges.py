@@ -25,7 +25,7 @@ MODELS = 3
 MERGE, REPORT, REPORTING = "merge", "report", "merge that reports"
 START_UP = "start-up"
 
-_SCRIPTS = Path(sysconfig.get_path("scripts"))
+SCRIPTS = Path(sysconfig.get_path("scripts"))
 WHOLE_MODEL = f"{OURS}, model"
 PLAIN_LOOP = "plain loop"
 FISHER, IN_METRIC, ROWS_IN_METRIC = "fisher", f"{OURS}, metric", f"{OURS}, row, metric"
@@ -260,7 +260,7 @@ def watch(
     with log.open("wb") as file:
         start = time.perf_counter()
         process = subprocess.Popen(
-            [_SCRIPTS / command, *arguments], stdout=file, stderr=file, env=environment
+            [SCRIPTS / command, *arguments], stdout=file, stderr=file, env=environment
         )
         status_file, ended = Path(f"/proc/{process.pid}/status"), 0
         while not ended:

@@ -18,10 +18,13 @@ from configs import config_for
 from conftest import weights_of
 from processes import end_of, fork
 from tqdm import tqdm
+from transformers import PretrainedConfig
 
-from mergekit_karcher.runner import driver, local, shards, work
+from mergekit_karcher import files
+from mergekit_karcher.runner import driver, local, manifest, shards, work
 
 SHARD_BYTES = "20K"
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(autouse=True)
@@ -278,16 +281,32 @@ def test_a_signal_stops_it_with_a_sentence(merging, number, undisturbed):
     assert merging.files == undisturbed["tensor"]
 
 
-def test_a_full_disk_stops_it_until_there_is_space(merging, undisturbed):
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "model-00002-of-00003.safetensors", "config.json", INDEX, "whole"]
+)
+def test_a_full_disk_stops_it_until_there_is_space(merging, name, undisturbed):
     def prepare():
-        write = shards.ShardWriter._write_all
+        write, write_text = shards.ShardWriter._write_all, files.write_text
 
-        def until_full(self, block):
-            if self._path.name.startswith("model-00002"):
+        def check(path):
+            if Path(path).name.startswith(name):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write(self, block)
 
-        shards.ShardWriter._write_all = until_full
+        def block(self, content):
+            check(self._path)
+            write(self, content)
+
+        def text(path, content):
+            check(path)
+            write_text(path, content)
+
+        def config(self, folder, **_):
+            check(Path(folder, "config.json"))
+
+        shards.ShardWriter._write_all = block
+        manifest.write_text = driver.output.write_text = text
+        if name == "config.json":
+            PretrainedConfig.save_pretrained = config
 
     assert merging.run(prepare=prepare) == 1
     assert "is full: free some space, and run the same command again" in merging.error()
@@ -416,6 +435,45 @@ def test_another_config_in_the_same_folder_is_refused(merging, models, undisturb
     assert merging.files == undisturbed["tensor"]
 
 
+def test_a_run_waits_for_the_workers_of_one_that_was_killed(merging, tmp_path, undisturbed):
+    events = tmp_path / "events"
+
+    def note(event):
+        with events.open("a") as file:
+            file.write(f"{event}\n")
+
+    def outliving():
+        store = work.store
+        local._end_with_parent = lambda: None
+
+        def slowly(*arguments):
+            note("begins")
+            time.sleep(1.5)
+            store(*arguments)
+            note("ends")
+            os._exit(0)
+
+        work.store = slowly
+
+    def noted():
+        delete = driver.output.delete_partial
+
+        def deleting(folder):
+            note("next run")
+            delete(folder)
+
+        driver.output.delete_partial = deleting
+
+    process = merging.start("--workers", "1", prepare=outliving)
+    while not events.exists():
+        time.sleep(0.01)
+    os.kill(process, signal.SIGKILL)
+    end_of(process)
+    assert merging.run(prepare=noted) == 0, merging.said
+    assert events.read_text().split("\n")[:3] == ["begins", "ends", "next run"]
+    assert merging.files == undisturbed["tensor"]
+
+
 def test_two_runs_in_one_folder_do_not_meet(merging, undisturbed):
     def prepare():
         publish = driver.output.publish
@@ -447,18 +505,3 @@ def test_a_folder_with_something_in_it_is_left_alone(merging, undisturbed):
     assert merging.files == before
     assert merging.run("--overwrite") == 0
     assert merging.files == undisturbed["tensor"] | {"notes.txt": b"mine"}
-
-
-def test_a_dry_run_reads_no_weights_and_writes_nothing(merging):
-    assert merging.run("--dry-run") == 0
-    assert not merging.out.exists()
-    assert "units, each done as a whole:" in merging.said
-    assert "writes 54.6 kB." in merging.said
-    assert "tensors merged" not in merging.said
-
-
-def test_progress_as_json_reaches_the_end(merging):
-    assert merging.run("--json-progress") == 0
-    lines = [json.loads(line) for line in merging.said.splitlines() if line.startswith('{"bytes')]
-    assert lines[-1]["bytes"] == lines[-1]["total"] == 54592
-    assert [line["bytes"] for line in lines] == sorted(line["bytes"] for line in lines)

@@ -190,3 +190,19 @@ def test_stages_of_mergekit_multi(three_models, merge, tmp_path):
     again = merge(stages, *where, "--overwrite", command=OURS, name="ours")
     assert "is whole, and is not merged again" in again.output
     assert_same_tensors(again.weights, theirs.weights)
+
+
+def test_a_dry_run_reads_no_weights_and_writes_nothing(three_models, merge):
+    dry = merge(CONFIGS["karcher"](three_models), *SHARDS, "--dry-run", command=OURS)
+    assert dry.exit_code == 0, dry.output
+    assert not dry.out.exists()
+    assert "units, each done as a whole:" in dry.output
+    assert "writes 54.6 kB." in dry.output
+    assert "tensors merged" not in dry.output
+
+
+def test_progress_as_json_reaches_the_end(three_models, merge):
+    said = merge(CONFIGS["karcher"](three_models), "--json-progress", command=OURS).output
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"bytes')]
+    assert lines[-1]["bytes"] == lines[-1]["total"] == 54592
+    assert [line["bytes"] for line in lines] == sorted(line["bytes"] for line in lines)

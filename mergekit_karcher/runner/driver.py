@@ -37,6 +37,9 @@ _LOSSES = 3
 
 _SECONDS = 0.3
 
+# What the system says where a disk, or a user's share of it, is full.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -77,23 +80,34 @@ def merge(source: str, out: Path, options: Any, settings: Settings) -> None:
             output.check_free(out)
         _describe(recipe, cores, settings)
         return
-    with output.in_use(out):
-        config = config_hash(recipe)
-        left = output.to_publish(work)
-        if left is not None:
-            output.publish(left[1], work, left[0])
-            if left[0] == config:
-                return
-        if not settings.overwrite:
-            output.check_free(out)
-        # A process that has started threads of OpenMP cannot be forked.
-        torch.set_num_threads(1)
-        missing = recipe.to_fetch()
-        if missing:
-            with recipe.by_headers(missing):
-                _check(recipe, plan(recipe))
-        _merge(_Run(recipe, work, cores, settings), recipe)
-        output.publish(recipe.out, work, config)
+    try:
+        with output.in_use(out) as work:
+            _merge_or_publish(_Run(recipe, work, cores, settings))
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _explained(error, out) from error
+
+
+def _merge_or_publish(run: _Run) -> None:
+    """Do what is left to do of a merge, in a folder that no other run has."""
+    recipe, work = run.recipe, run.work
+    config = config_hash(recipe)
+    left = output.to_publish(work)
+    if left is not None:
+        output.publish(left[1], work, left[0])
+        if left[0] == config:
+            return
+    if not run.settings.overwrite:
+        output.check_free(work.parent)
+    # A process that has started threads of OpenMP cannot be forked.
+    torch.set_num_threads(1)
+    missing = recipe.to_fetch()
+    if missing:
+        with recipe.by_headers(missing):
+            _check(recipe, plan(recipe))
+    _merge(run)
+    output.publish(recipe.out, work, config)
 
 
 def _describe(recipe: Recipe, cores: int, settings: Settings) -> None:
@@ -118,13 +132,13 @@ def _check(recipe: Recipe, planned: PlannedMerge) -> None:
     output.check_space(recipe.out, sum(u.bytes for u in planned.units if not u.whole_model))
 
 
-def _merge(run: _Run, recipe: Recipe) -> None:
+def _merge(run: _Run) -> None:
     try:
-        carry_out(recipe, run.execute)
+        carry_out(run.recipe, run.execute)
     except KarcherError:
         raise
     except Exception as error:
-        if not run.is_done:
+        if not run.is_done or getattr(error, "errno", None) in _FULL:
             raise
         raise KarcherError(
             "All tensors are merged, but mergekit could not write the config, the tokenizer or the "
@@ -136,21 +150,22 @@ def _merge(run: _Run, recipe: Recipe) -> None:
 class _Run:
     """The tensors of one merge.
 
-    is_done: whether all of them are on disk.
+    recipe, work, settings: what to merge, the working folder, and how it is done. is_done: whether
+    all of them are on disk.
     """
 
     def __init__(self, recipe: Recipe, work: Path, cores: int, settings: Settings) -> None:
-        self._recipe, self._work, self._cores = recipe, work, cores
-        self._settings = settings
+        self.recipe, self.work, self.settings = recipe, work, settings
+        self._cores = cores
         self._manifest: dict[str, Any] = {}
         self.is_done = False
 
     def execute(self, merge: PlannedMerge) -> None:
         """Do all units of a plan, and write the index and the report."""
-        threads = threads_a_worker(merge, self._cores, self._recipe.options)
-        job = Job(self._recipe, self._work, threads)
+        threads = threads_a_worker(merge, self._cores, self.recipe.options)
+        job = Job(self.recipe, self.work, threads)
         self._manifest = manifest_of(job.recipe, merge)
-        if self._settings.overwrite:
+        if self.settings.overwrite:
             try:
                 begin_or_go_on(self._manifest, job.folder)
             except KarcherError:
@@ -166,7 +181,7 @@ class _Run:
         total = sum(unit.bytes for unit in merge.units)
         initial = sum(unit.bytes for unit in done)
         progress = Progress(
-            total, title, initial, as_json=self._settings.as_json, quiet=self._settings.quiet
+            total, title, initial, as_json=self.settings.as_json, quiet=self.settings.quiet
         )
         try:
             shards = self._do_all(merge, workers, _Watch(job, merge.units, done, progress))
@@ -215,7 +230,7 @@ class _Run:
                     lost.append(unit)
                 except Exception as error:
                     check_inputs(self._manifest)
-                    raise _explained(error, self._work) from error
+                    raise _explained(error, self.work.parent) from error
                 else:
                     losses = 0
                     watch.count(unit)
@@ -234,7 +249,7 @@ class _Run:
                 waiting = {workers.submit(unit.name, mean): unit for unit in lost}
 
     def _workers(self, job: Job, merge: PlannedMerge) -> LocalWorkers | RayWorkers:
-        settings, options, threads = self._settings, self._recipe.options, job.threads
+        settings, options, threads = self.settings, self.recipe.options, job.threads
         if settings.ray is not None:
             return RayWorkers(job, settings.ray)
         gpus = torch.cuda.device_count() if options.multi_gpu else 0
@@ -280,14 +295,14 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _explained(error: Exception, work: Path) -> Exception:
+def _explained(error: Exception, out: Path) -> Exception:
     """What to tell of an error of a worker."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, Exception):  # Ray wraps what a task raises.
         error = cause
     goes_on = "run the same command again to go on"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return KarcherError(f"The disk of {work.parent} is full: free some space, and {goes_on}.")
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return KarcherError(f"The disk of {out} is full: free some space, and {goes_on}.")
     if isinstance(error, OSError):
         where = f" {error.filename}" if error.filename else ""
         return KarcherError(

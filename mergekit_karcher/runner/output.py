@@ -18,6 +18,8 @@ from mergekit_karcher.runner.shards import Written
 # The folder within the output that holds what is done of a merge.
 WORK = ".merge"
 _LOCK = "lock"
+# What a file ends in that is locked while a worker does a unit.
+_BUSY = ".busy"
 # A file that says that all is done, and only has to be moved.
 _WHOLE = "whole"
 
@@ -69,6 +71,8 @@ def in_use(out: Path) -> Iterator[Path]:
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work / _LOCK)
         lock.acquire(timeout=_LOCK_SECONDS)
+        for busy in work.glob(f"*{_BUSY}"):
+            FileLock(busy).acquire(timeout=_LOCK_SECONDS).lock.release()
     except Timeout:
         raise KarcherError(
             f"Another merge is writing to {out}: wait for its end, or stop it."
@@ -82,6 +86,14 @@ def in_use(out: Path) -> Iterator[Path]:
         lock.release()
         if not any(path.name != _LOCK for path in work.iterdir()):
             shutil.rmtree(work)
+
+
+def doing(unit: str, work: Path) -> FileLock:
+    """What a worker holds while it does a unit.
+
+    A worker may live a moment longer than the run that started it. Until then the next run waits.
+    """
+    return FileLock(work / f"{unit}{_BUSY}")
 
 
 def delete_partial(work: Path) -> None:

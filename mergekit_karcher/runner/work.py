@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from mergekit_karcher.host.merging import Recipe, plan
 from mergekit_karcher.host.planned import PlannedMerge, Unit
 from mergekit_karcher.runner.inputs import read_ahead
 from mergekit_karcher.runner.manifest import check_inputs, stored_manifest
+from mergekit_karcher.runner.output import doing
 from mergekit_karcher.runner.records import DONE, Record, load, store
 from mergekit_karcher.runner.shards import ShardWriter, is_whole
 
@@ -62,15 +62,22 @@ def do_unit(job: Job, name: str, mean: Any) -> Record:
     merge = _planned[job.recipe]
     merge.know_mean(mean)
     unit = next(unit for unit in merge.units if unit.name == name)
-    path = job.folder / f"{name}{DONE}"
-    record = load(path)
-    if record is not None and _still_stands(record, job.recipe.out / name):
-        return record
-    make = _take_products if unit.whole_model else functools.partial(_save, job.recipe.out / name)
-    record = make(merge, unit)
+    with doing(name, job.folder):
+        path = job.folder / f"{name}{DONE}"
+        record = load(path)
+        if record is None or not _still_stands(record, job.recipe.out / name):
+            record = _do(job, merge, unit)
+            store(record, path)
+    return record
+
+
+def _do(job: Job, merge: PlannedMerge, unit: Unit) -> Record:
+    if unit.whole_model:
+        record = _take_products(merge, unit)
+    else:
+        record = _save(job.recipe.out / unit.name, merge, unit)
     # What came of a spoilt input must not be kept: the input may be mended before the next run.
     check_inputs(stored_manifest(job.folder), set(_files(merge, unit)))
-    store(record, path)
     return record
 
 
