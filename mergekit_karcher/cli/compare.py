@@ -24,6 +24,7 @@ _CONFIG = (".yml", ".yaml")
     epilog=examples(
         "mergekit-karcher compare --base ./base ./code ./maths --data code=code.txt \\",
         "    --data maths=maths.txt --out comparison",
+        "mergekit-karcher compare --base ./base ./code ./maths --data text.txt --tune",
         "mergekit-karcher compare linear.yml ties.yml mine.yml --data text.txt",
         "mergekit-yaml comparison/best.yml merged",
     ),
@@ -60,6 +61,18 @@ _CONFIG = (".yml", ".yaml")
     metavar="MINUTES",
     help="Start no merge that would end later. Those that gained most elsewhere come first.",
 )
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="Search for the numbers of each merge, such as its length or ridge, and for the weights "
+    "of the best one, on the windows to choose by.",
+)
+@click.option(
+    "--tune-kinds",
+    "a_kind",
+    is_flag=True,
+    help="As --tune, and search for one length of attention, one of the MLPs and one of the rest.",
+)
 @click.option("--subset", help="The configuration of a dataset.")
 @click.option("--split", default="train", show_default=True, help="The split of a dataset.")
 @click.option(
@@ -75,6 +88,8 @@ def main(
     out: Path,
     windows: int,
     budget: float | None,
+    tune: bool,
+    a_kind: bool,
     merge_options: MergeOptions,
     **source: object,
 ) -> None:
@@ -107,6 +122,8 @@ def main(
         windows=windows,
         out=out,
         budget=budget,
+        tune=tune or a_kind,
+        a_kind=a_kind,
         quiet=merge_options.quiet,
     )
     try:

@@ -53,7 +53,7 @@ class Score(_Part):
 
 
 class Tuned(_Part):
-    """A number of a config that was searched for on the choosing windows.
+    """A number of a config that was searched for on the windows to choose by, and on no others.
 
     name: which. value: the best. before: what it was. evaluations: how many values were tried.
     """

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,19 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from mergekit_karcher.compare import candidates as configs
+from mergekit_karcher.compare.assemble import Alone, Measured, Settings, assemble
 from mergekit_karcher.compare.bench import Bench, attempted
 from mergekit_karcher.compare.candidates import Candidate
 from mergekit_karcher.compare.grams import Grams, planned_grams, text_of_model
 from mergekit_karcher.compare.judge import CHOOSING, REPORTING, Costs, Judge
 from mergekit_karcher.compare.kept import Kept
 from mergekit_karcher.compare.noise import rate
-from mergekit_karcher.compare.result import (
-    SCHEMA,
-    Comparison,
-    Entry,
-    Kind,
-    LeftOut,
-    TextResult,
-    Tuned,
-    choose,
-    score,
-)
+from mergekit_karcher.compare.numbers import Number, lengths_by_kind, numbers_of, weights_of
+from mergekit_karcher.compare.result import Comparison, LeftOut, Tuned
 from mergekit_karcher.compare.texts import check_tokenizers, named_data, read_texts
+from mergekit_karcher.compare.tune import TRIES, tune
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.host.checkpoints import folders_of
-from mergekit_karcher.host.documents import MODEL_KEYS
+from mergekit_karcher.host.checkpoints import folders_of, open_checkpoint
 from mergekit_karcher.metrics.examples import Source
 from mergekit_karcher.metrics.model import class_of, classes_of, fitting, tokenizer_of
 from mergekit_karcher.report.names import is_local, short_names
@@ -42,7 +34,6 @@ from mergekit_karcher.report.names import is_local, short_names
 WORK = ".compare"
 _GRAMS = "grams"
 _BOTH = (CHOOSING, REPORTING)
-_PACKAGES = ("mergekit-karcher", "mergekit", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -52,6 +43,8 @@ class Request:
     base, models: of the default merges; or configs: those to compare in their place. data: the
     texts, as NAME=PLACE. source: how to read them. windows: of each text to choose by, and as many
     to report by. out: the folder of the result. budget: minutes, or None for as long as it takes.
+    tune: whether to search for the numbers of merges; a_kind: also for a length of each kind of
+    module.
     """
 
     base: str | None
@@ -62,16 +55,9 @@ class Request:
     windows: int
     out: Path
     budget: float | None = None
+    tune: bool = False
+    a_kind: bool = False
     quiet: bool = False
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A merge and what it costs; tuned: what of it was tuned."""
-
-    candidate: Candidate
-    costs: Costs
-    tuned: Sequence[Tuned] = ()
 
 
 def compare(request: Request, options: Any) -> tuple[Comparison, Candidate]:
@@ -96,6 +82,8 @@ def compare(request: Request, options: Any) -> tuple[Comparison, Candidate]:
         run = _Run(request, named, models, work, options)
         run.measure_models()
         run.measure_merges(given or run.default_candidates())
+        if request.tune:
+            run.tune()
         return run.result()
 
 
@@ -122,7 +110,7 @@ class _Run:
         work: Path,
         options: Any,
     ) -> None:
-        self._request, self._models = request, models
+        self._request, self._models, self._options = request, models, options
         self._begin = time.monotonic()
         places = {m: str(folders_of(m, options.transformers_cache)[0]) for m in models}
         first = places[models[0]]
@@ -176,13 +164,16 @@ class _Run:
             for place, candidate in enumerate(candidates):
                 bar.set_postfix_str(candidate.name)
                 if place > 0 and self._time_is_up():
-                    why = f"the {self._request.budget:g} minutes of --budget were over"
-                    self._left_out.append(LeftOut(name=candidate.name, why=why))
+                    self._left_out.append(LeftOut(name=candidate.name, why=self._over))
                     continue
                 self._measure(candidate, needed=place == 0)
                 bar.update()
 
-    def _measure(self, candidate: Candidate, *, needed: bool) -> None:
+    @property
+    def _over(self) -> str:
+        return f"the {self._request.budget:g} minutes of --budget were over"
+
+    def _measure(self, candidate: Candidate, *, needed: bool, tuned: Sequence[Tuned] = ()) -> None:
         def measure() -> Costs:
             if candidate.name == configs.GRAMS and self._grams is not None:
                 self._grams.make(self._source)
@@ -192,67 +183,70 @@ class _Run:
         if isinstance(costs, str):
             self._left_out.append(LeftOut(name=candidate.name, why=costs))
         else:
-            self._merges.append(Measured(candidate, costs))
+            self._merges.append(Measured(candidate, costs, tuned))
+
+    def tune(self) -> None:
+        """Search for the numbers of every merge, the best first, then for more of the best."""
+        for measured in sorted(self._merges, key=self._mean):
+            config = measured.candidate.config
+            self._tune(measured, config, numbers_of(config), "tuned")
+        best = min(self._merges, key=self._mean)
+        config = best.candidate.config
+        self._tune(best, config, weights_of(config, self._names), "tuned weights")
+        if self._request.a_kind:
+            index = open_checkpoint(self._models[0], self._options.transformers_cache).index
+            for measured in sorted(self._merges, key=self._mean):
+                config, numbers = lengths_by_kind(measured.candidate.config, index.tensor_paths)
+                if numbers:
+                    self._tune(measured, config, numbers, "length a kind")
+                    break
+
+    def _tune(
+        self, measured: Measured, config: Mapping[str, Any], numbers: Sequence[Number], how: str
+    ) -> None:
+        """Add a merge with better numbers, if there are any."""
+        name = f"{measured.candidate.name}, {how}"
+        with self._bar(name, len(numbers) * (TRIES + 1)) as bar:
+
+            def cost(config: Mapping[str, Any]) -> float | None:
+                if self._time_is_up():
+                    return None
+                candidate = replace(measured.candidate, config=config)
+                costs = attempted(lambda: self._bench.of_merge(candidate, (CHOOSING,)))
+                bar.update()
+                return math.inf if isinstance(costs, str) else self._mean_of(costs)
+
+            config, tuned, in_time = tune(config, numbers, cost)
+        if not in_time:
+            self._left_out.append(LeftOut(name=f"more values for {name}", why=self._over))
+        if tuned:
+            candidate = replace(measured.candidate, name=name, config=config)
+            self._measure(candidate, needed=False, tuned=[*measured.tuned, *tuned])
 
     def result(self) -> tuple[Comparison, Candidate]:
         """What came of it all."""
-        entries = [self._entry(one) for one in self._merges]
-        best, chosen = choose(entries, self._sizes(CHOOSING))
-        models = [self._model_entry(model) for model in self._models]
-        comparison = Comparison(
-            schema=SCHEMA,
-            versions={package: version(package) for package in _PACKAGES},
-            measure="errors" if self._judge.classifies else "bits per byte",
-            device=self._judge.device,
-            dtype=str(self._judge.dtype).removeprefix("torch."),
-            length=self._source.length,
-            texts=[
-                TextResult(
-                    name=text.name,
-                    choosing=list(text.choosing.sizes),
-                    reporting=list(text.reporting.sizes),
-                )
-                for text in self._texts
-            ],
-            entries=[*entries, *models],
-            left_out=self._left_out,
-            reference=entries[0].name,
-            best=best.name,
-            chosen=chosen.name,
+        settings = Settings(
+            "errors" if self._judge.classifies else "bits per byte",
+            self._judge.device,
+            str(self._judge.dtype).removeprefix("torch."),
+            self._source.length,
         )
-        return comparison, self._merges[entries.index(chosen)].candidate
-
-    def _entry(self, measured: Measured) -> Entry:
-        reference = self._merges[0].costs
-        choosing, reporting = (
-            score(measured.costs[purpose], self._sizes(purpose), reference[purpose])
-            for purpose in _BOTH
-        )
-        return Entry(
-            name=measured.candidate.name,
-            kind="merge",
-            config=_with_names(measured.candidate.config, self._names),
-            simplicity=measured.candidate.simplicity,
-            tuned=list(measured.tuned),
-            choosing=choosing,
-            reporting=reporting,
-        )
-
-    def _model_entry(self, model: str) -> Entry:
-        reference = self._merges[0].costs
-        choosing, reporting = (
-            score(self._alone[model][purpose], self._sizes(purpose), reference[purpose])
-            for purpose in _BOTH
-        )
-        kind: Kind = "base" if model == self._request.base else "model"
-        return Entry(name=self._names[model], kind=kind, choosing=choosing, reporting=reporting)
-
-    def _sizes(self, purpose: str) -> dict[str, Sequence[int]]:
-        return {text.name: getattr(text, purpose).sizes for text in self._texts}
+        alone = [
+            Alone(self._names[model], model == self._request.base, costs)
+            for model, costs in self._alone.items()
+        ]
+        return assemble(settings, self._texts, self._merges, alone, self._left_out, self._names)
 
     def _rates(self, costs: Costs) -> dict[str, float]:
-        sizes = self._sizes(CHOOSING)
+        sizes = {text.name: text.choosing.sizes for text in self._texts}
         return {name: rate(values, sizes[name]) for name, values in costs[CHOOSING].items()}
+
+    def _mean_of(self, costs: Costs) -> float:
+        rates = self._rates(costs)
+        return sum(rates.values()) / len(rates)
+
+    def _mean(self, measured: Measured) -> float:
+        return self._mean_of(measured.costs)
 
     def _time_is_up(self) -> bool:
         """Whether one more merge would take longer than there is time."""
@@ -264,22 +258,6 @@ class _Run:
 
     def _bar(self, title: str, total: int) -> Any:
         return tqdm(total=total, desc=title, disable=self._request.quiet)
-
-
-def _with_names(part: Any, names: Mapping[str, str]) -> Any:
-    """A config without the paths of this machine."""
-    if isinstance(part, list):
-        return [_with_names(item, names) for item in part]
-    if isinstance(part, Mapping):
-        named = {
-            key: names.get(value, value)
-            if key in MODEL_KEYS and isinstance(value, str)
-            else _with_names(value, names)
-            for key, value in part.items()
-        }
-        metric = named.get("metric")
-        return named | ({"metric": Path(metric).name} if isinstance(metric, str) else {})
-    return part
 
 
 @contextmanager

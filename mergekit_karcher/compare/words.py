@@ -62,11 +62,14 @@ def sentences(comparison: Comparison) -> Iterator[str]:
             f"{alone.name} alone is better than that "
             f"({_cell(comparison, alone.reporting.mean)}): a merge may not be worth it."
         )
-    for tuned in chosen.tuned:
-        yield (
-            f"{tuned.name} was tuned on the windows to choose by, from {tuned.before:g} to "
-            f"{tuned.value:g}, in {tuned.evaluations} tries."
-        )
+    for entry in comparison.merges:
+        if entry.tuned:
+            numbers = [f"{one.name} from {one.before:g} to {one.value:g}" for one in entry.tuned]
+            tries = sum(one.evaluations for one in entry.tuned)
+            yield (
+                f"{entry.name}: {', '.join(numbers)}, tuned in {tries} tries on the windows to "
+                "choose by."
+            )
     counts = [f"{len(t.choosing)} and {len(t.reporting)} of {t.name}" for t in comparison.texts]
     yield (
         f"Chosen on other windows than those that the table reports: {', '.join(counts)}, of up to "
