@@ -19,6 +19,9 @@ from mergekit_karcher.errors import KarcherError
 SCHEMA = "mergekit-karcher/compare/1"
 JSON = "compare.json"
 
+# In bits per byte, or as a share of errors.
+MOST_OF_A_TIE = 0.01
+
 Kind = Literal["base", "model", "merge"]
 
 
@@ -92,7 +95,7 @@ class Comparison(_Part):
 
     measure: what costs are. length: the most tokens of a window. reference: the merge that the
     others are compared with. best: the merge with the least mean on the choosing windows. chosen:
-    the simplest of those that are no worse than it by more than one standard error.
+    the simplest of those that tie with it.
     """
 
     schema_: str = Field(SCHEMA, alias="schema", pattern=f"^{SCHEMA}$")
@@ -156,13 +159,14 @@ def difference(
 def choose(entries: Sequence[Entry], sizes: Mapping[str, Sequence[int]]) -> tuple[Entry, Entry]:
     """The merge with the least mean on the choosing windows, and the simplest that ties with it.
 
-    A merge ties if it is worse by at most one standard error of the paired difference.
+    A merge ties if it is worse by at most one standard error of the paired difference, and not by
+    more than MOST_OF_A_TIE, which a merge of great noise could otherwise be.
     """
     best = min(entries, key=lambda entry: entry.choosing.mean)
 
     def ties(entry: Entry) -> bool:
         worse = difference(entry.choosing.costs, best.choosing.costs, sizes)
-        return worse.value <= worse.error
+        return worse.value <= min(worse.error, MOST_OF_A_TIE)
 
     tied = [entry for entry in entries if ties(entry)]
     return best, min(tied, key=lambda entry: (len(entry.tuned), entry.simplicity))
