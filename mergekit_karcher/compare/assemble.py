@@ -71,10 +71,9 @@ def assemble(
     Returns:
         The result, and the merge that was chosen.
     """
-    windows = {text.name: {CHOOSING: text.choosing, REPORTING: text.reporting} for text in texts}
 
     def sizes(purpose: str) -> dict[str, Sequence[int]]:
-        return {name: of_text[purpose].sizes for name, of_text in windows.items()}
+        return {text.name: getattr(text, purpose).sizes for text in texts}
 
     def scores(costs: Costs) -> dict[str, Any]:
         reference = merges[0].costs
@@ -100,14 +99,7 @@ def assemble(
         schema=SCHEMA,
         versions={package: version(package) for package in _PACKAGES},
         **settings._asdict(),
-        texts=[
-            TextResult(
-                name=text.name,
-                choosing=list(text.choosing.sizes),
-                reporting=list(text.reporting.sizes),
-            )
-            for text in texts
-        ],
+        texts=[_result_of(text) for text in texts],
         entries=[*entries, *models],
         left_out=list(left_out),
         reference=entries[0].name,
@@ -115,6 +107,11 @@ def assemble(
         chosen=chosen.name,
     )
     return comparison, merges[entries.index(chosen)].candidate
+
+
+def _result_of(text: Text) -> TextResult:
+    choosing, reporting = (list(part.sizes) for part in (text.choosing, text.reporting))
+    return TextResult(name=text.name, choosing=choosing, reporting=reporting)
 
 
 def _with_names(part: Any, names: Mapping[str, str]) -> Any:
