@@ -15,6 +15,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import assert_error, llama
+from peft import LoraConfig, get_peft_model
 from processes import end_of, fork
 from safetensors.torch import load_file, save_file
 from small_models import WORDS, records
@@ -500,3 +501,21 @@ def test_without_enough_text_for_grams_the_rest_is_compared(compare, tmp_path):
     left_out, *_ = read(tmp_path / "out").left_out
     assert left_out.name == "fisher, input Grams"
     assert "are left" in left_out.why
+
+
+def test_a_base_with_an_adapter_is_judged_as_their_sum(compare, close_models, texts, tmp_path):
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_pretrained(close_models[0], dtype=torch.float32)
+    settings = LoraConfig(target_modules=["up_proj"], init_lora_weights=False)
+    adapted = get_peft_model(network, settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "sum")
+    what = ["--base", close_models[0], f"{close_models[0]}+{tmp_path / 'adapter'}", close_models[1]]
+    lora = ("--lora-merge-cache", tmp_path / "cache", "--lora-merge-dtype", "float32")
+    result = compare("--budget", 1e-9, *lora, what=what)
+    assert result.exit_code == 0, result.output
+    (entry,) = [entry for entry in read(tmp_path / "out").models if "adapter" in entry.name]
+    windows = windows_of(texts, close_models[0])
+    costs = Judge(windows, classifies=False).judge(tmp_path / "sum", (REPORTING,))
+    for name, values in costs[REPORTING].items():
+        assert entry.reporting.costs[name] == pytest.approx(values, rel=1e-5)
