@@ -15,6 +15,8 @@ demo: $(VENV)/.installed
 	$(BIN)/mergekit-yaml example_configs/quickstart.yml out
 	$(BIN)/mergekit-yaml demo/linear.yml demo/out-linear
 	$(BIN)/python demo/evaluate.py
+	cd demo/models && ../../$(BIN)/mergekit-karcher compare --base base code manual names \
+		--data code.txt --data manual.txt --data names.txt --length 64 --out ../compared
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -36,4 +38,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out demo/models demo/out-linear
+	rm -rf $(VENV) out demo/models demo/out-linear demo/compared

@@ -1,7 +1,7 @@
 """Train three tiny Llama experts from one base, on texts that every CPython install has.
 
-Writes ``demo/models/{base,code,manual,names}`` in Hugging Face format; what is there already and
-was made with the same settings and versions is kept.
+Writes ``demo/models/{base,code,manual,names}`` in Hugging Face format, and held-out text beside
+them; what is there already and was made with the same settings and versions is kept.
 """
 
 import json
@@ -115,6 +115,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str)
 
 def main() -> None:
     """Train what is not there yet."""
+    MODELS.mkdir(exist_ok=True)
+    for kind in KINDS:
+        (MODELS / f"{kind}.txt").write_text(load(kind).held_out, encoding="utf-8")
     missing = [name for name in ("base", *KINDS) if not finished(name)]
     if not missing:
         print(f"{MODELS} is up to date")

@@ -69,6 +69,11 @@ def make_files(folder, page):
                 for name, size in (sizes | {"out.bias": (2,)}).items()
             }
             save_file(tensors, folder / f"net{seed + 1}.safetensors")
+    if page == "compare":
+        for name in ("base", "code", "maths"):
+            llama(folder / name, len(name), dtype=torch.float32)
+            words = [f"w{index * index % 59 + index // 900}" for index in range(9000)]
+            (folder / f"{name}.txt").write_text(" ".join(words))
     if page == "metrics":
         train_with_adam(folder / "run", folder / "first")
         (folder / "run" / "checkpoint-4").rename(folder / "run" / "checkpoint-500")

@@ -26,6 +26,7 @@ ROOMS = [
     {"report"},
     {"host"},
     {"align", "metrics", "runner"},
+    {"compare"},
     {"cli"},
 ]
 LONGEST_MODULE, LONGEST_FUNCTION = 350, 60

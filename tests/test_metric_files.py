@@ -178,7 +178,7 @@ def test_models_that_are_not_whole_or_have_no_such_likelihood(run_fisher, classi
     assert "classifier.weight of classifier has not the shape" in result.output
     save_file(weights, tmp_path / classifier / "model.safetensors", {"format": "pt"})
     for change, words in (
-        ({"problem_type": "regression"}, "made for causal language models and for classifiers"),
+        ({"problem_type": "regression"}, "neither a causal language model nor a classifier"),
         ({"architectures": ["NoSuchModel"]}, "asks for NoSuchModel, which this transformers"),
     ):
         (tmp_path / classifier / "config.json").write_text(json.dumps({**config, **change}))

@@ -25,6 +25,10 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 _COMMANDS = {
     "align": ("mergekit_karcher.cli.align", "Reorder the neurons of models to be averaged."),
     "card": ("mergekit_karcher.cli.card", "Say in a model card how its merge was made."),
+    "compare": (
+        "mergekit_karcher.cli.compare",
+        "Find out by which method models are merged best.",
+    ),
     "doctor": (
         "mergekit_karcher.cli.doctor",
         "Say which karcher mergekit-yaml would run, and why.",

@@ -58,6 +58,26 @@ def open_checkpoint(reference: str, cache: str | None = None) -> OpenCheckpoint:
     return OpenCheckpoint(folder, loader.index, loader)
 
 
+def folders_of(reference: str, cache: str | None = None) -> list[Path]:
+    """Where a model and its adapter are, fetched from the Hub where they are not here.
+
+    Arguments:
+        reference: As configs name models: a folder or a Hub id, also with @revision and +adapter.
+        cache: Where models from the Hub are kept; by default where huggingface_hub keeps them.
+
+    Raises:
+        KarcherError: If one of them is nowhere.
+    """
+    from mergekit.common import ModelReference
+
+    check_places([reference], cache=cache)
+    model = ModelReference.parse(reference)
+    parts = [ModelReference(model=model.model)]
+    if model.lora is not None:
+        parts.append(ModelReference(model=model.lora))
+    return [Path(part.local_path(cache_dir=cache)) for part in parts]
+
+
 @contextmanager
 def restricted_unpickling() -> Iterator[None]:
     """Have every `torch.load` in the block read tensors only, whatever torch's default is.

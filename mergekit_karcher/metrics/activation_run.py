@@ -16,7 +16,7 @@ from mergekit_karcher.metrics import low_rank
 from mergekit_karcher.metrics.activation_store import Folder, as_stored, check_new, is_unfinished
 from mergekit_karcher.metrics.activations import ActivationSums
 from mergekit_karcher.metrics.blocks import Blocks, find_blocks
-from mergekit_karcher.metrics.examples import Source, batches, digest, read_examples
+from mergekit_karcher.metrics.examples import Example, Source, batches, digest, read_examples
 from mergekit_karcher.metrics.model import classes_of, fingerprint_of, fitting, tokenizer_of
 from mergekit_karcher.metrics.skeleton import Skeleton
 
@@ -53,6 +53,7 @@ def metric_from_activations(
     out: Path,
     source: Source,
     *,
+    examples: Sequence[Example] | None = None,
     batch_size: int | None = None,
     device: str | None = None,
     quiet: bool = False,
@@ -68,6 +69,7 @@ def metric_from_activations(
         out: A folder that is not there, or that holds an interrupted run with the same settings,
             which then goes on.
         source: The data.
+        examples: Those of it to take, the shortest first; None to read and choose them here.
         batch_size: Examples at a time; by default so many that they have about 2048 tokens.
         device: Where to compute, as torch writes it; None: the GPU if there is one.
         quiet: Without progress bars.
@@ -83,10 +85,8 @@ def metric_from_activations(
         check_new(out)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     skeleton = Skeleton(reference, where)
-    classes = classes_of(skeleton.model, reference)
-    tokenizer = tokenizer_of(reference)
-    source = fitting(source, skeleton.model, tokenizer)
-    examples = read_examples(source, tokenizer, classes, quiet=quiet)
+    if examples is None:
+        source, examples = _read(reference, source, skeleton.model.config, quiet=quiet)
     size = batch_size or max(1, _TOKENS // len(examples[-1].ids))
     with torch.no_grad():
         run = _Run(skeleton, [batch.ids.to(where) for batch in batches(examples, size)], quiet)
@@ -106,6 +106,15 @@ def metric_from_activations(
     contents = folder.finish(reference, known, about)
     grams = set(contents.grams.values())
     return ActivationSummary(len(contents.grams), len(grams), run.tokens, len(contents.unused))
+
+
+def _read(
+    reference: str, source: Source, config: Any, *, quiet: bool
+) -> tuple[Source, Sequence[Example]]:
+    """The examples of a source that a model can take, and the source as it was read."""
+    tokenizer = tokenizer_of(reference)
+    source = fitting(source, config, tokenizer)
+    return source, read_examples(source, tokenizer, classes_of(reference), quiet=quiet)
 
 
 class _Run:

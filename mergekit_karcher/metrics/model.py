@@ -36,10 +36,18 @@ def class_of(reference: str) -> tuple[Any, Any]:
     return config, model_class
 
 
-def load_model(reference: str, *, empty: bool = False) -> nn.Module:
-    """Load a Hugging Face model, a folder or a Hub id, in float32 and evaluation mode on the CPU.
+def load_model(
+    reference: str,
+    *,
+    empty: bool = False,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = "eager",
+) -> nn.Module:
+    """Load a Hugging Face model, a folder or a Hub id, in evaluation mode on the CPU.
 
-    An empty one has no weights, and its parameters are on the meta device. Raises KarcherError if
+    An empty one has no weights, and its parameters are on the meta device. attention: how it is
+    computed, as transformers calls it: in plain operations, which torch.func can take a batch at a
+    time, or None for what is fastest. Raises KarcherError if
     the model cannot be loaded, if its weights have other shapes than its config says, or if some
     are missing and it is not to be empty.
     """
@@ -47,9 +55,8 @@ def load_model(reference: str, *, empty: bool = False) -> nn.Module:
     try:
         model, loading = model_class.from_pretrained(
             reference,
-            dtype=torch.float32,
-            # Attention in plain operations, which torch.func can take a batch at a time.
-            attn_implementation="eager",
+            dtype=dtype,
+            attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **({"device_map": "meta"} if empty else {}),
@@ -72,21 +79,21 @@ def load_model(reference: str, *, empty: bool = False) -> nn.Module:
     return evaluated
 
 
-def classes_of(model: nn.Module, reference: str) -> dict[str, int] | None:
+def classes_of(reference: str) -> dict[str, int] | None:
     """The number of each class of a classifier, by name; None for a causal language model.
 
     Raises KarcherError if the model is neither, or does not choose one of several classes.
     """
-    config: Any = model.config
-    kind = type(model).__name__
+    config, model_class = class_of(reference)
+    kind = model_class.__name__
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         return None
     one = config.num_labels > 1 and config.problem_type in (None, "single_label_classification")
     if kind.endswith("ForSequenceClassification") and one:
         return {str(name): int(index) for index, name in config.id2label.items()}
     raise KarcherError(
-        f"{reference} is a {kind}: the Fisher information is made for causal language models and "
-        "for classifiers of sequences into one of several classes."
+        f"{reference} is a {kind}, and neither a causal language model nor a classifier of "
+        "sequences into one of several classes: name one of those."
     )
 
 
@@ -100,9 +107,8 @@ def tokenizer_of(reference: str) -> Any:
         raise KarcherError(f"{reference} has no tokenizer ({first_line(error)}).") from None
 
 
-def fitting(source: Source, model: nn.Module, tokenizer: Any) -> Source:
+def fitting(source: Source, config: Any, tokenizer: Any) -> Source:
     """A source whose examples are no longer than what a model and its tokenizer can take."""
-    config: Any = model.config
     positions = getattr(config, "max_position_embeddings", None) or source.length
     return source._replace(length=min(source.length, positions, tokenizer.model_max_length))
 

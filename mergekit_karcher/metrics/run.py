@@ -54,10 +54,10 @@ def metric_from_data(
         raise KarcherError(f"{out} exists: name a new folder by --out.")
     model = load_model(reference)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    classes = classes_of(model, reference)
+    classes = classes_of(reference)
     check_names(reference, model)
     tokenizer = tokenizer_of(reference)
-    source = fitting(source, model, tokenizer)
+    source = fitting(source, model.config, tokenizer)
     examples = read_examples(source, tokenizer, classes, quiet=quiet)
     decisive = {
         **source._asdict(),

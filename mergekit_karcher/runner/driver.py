@@ -21,7 +21,7 @@ from mergekit_karcher.runner import capacity, output
 from mergekit_karcher.runner.capacity import threads_a_worker, worker_count
 from mergekit_karcher.runner.cluster import RayWorkers
 from mergekit_karcher.runner.estimate import describe, estimate
-from mergekit_karcher.runner.local import LocalWorkers
+from mergekit_karcher.runner.local import LocalWorkers, ThisProcess
 from mergekit_karcher.runner.manifest import (
     begin_or_go_on,
     check_inputs,
@@ -48,7 +48,8 @@ class Settings:
     workers: processes of this machine; None for what cores and memory allow. ray: the address of a
     Ray cluster, or None. overwrite: whether to replace what is in the output folder. as_json,
     quiet: how to show progress. dry_run: whether to plan, check and describe the merge, and no
-    more.
+    more. in_process: whether this process does all of it, with all of its threads; a process that
+    runs networks, too, cannot be forked.
     """
 
     workers: int | None = None
@@ -57,6 +58,7 @@ class Settings:
     as_json: bool = False
     quiet: bool = False
     dry_run: bool = False
+    in_process: bool = False
 
 
 def merge(source: str, out: Path, options: Any, settings: Settings) -> None:
@@ -100,8 +102,9 @@ def _merge_or_publish(run: _Run) -> None:
             return
     if not run.settings.overwrite:
         output.check_free(work.parent)
-    # A process that has started threads of OpenMP cannot be forked.
-    torch.set_num_threads(1)
+    if not run.settings.in_process:
+        # A process that has started threads of OpenMP cannot be forked.
+        torch.set_num_threads(1)
     missing = recipe.to_fetch()
     if missing:
         with recipe.by_headers(missing):
@@ -162,7 +165,9 @@ class _Run:
 
     def execute(self, merge: PlannedMerge) -> None:
         """Do all units of a plan, and write the index and the report."""
-        threads = threads_a_worker(merge, self._cores, self.recipe.options)
+        threads = self._cores
+        if not self.settings.in_process:
+            threads = threads_a_worker(merge, self._cores, self.recipe.options)
         job = Job(self.recipe, self.work, threads)
         self._manifest = manifest_of(job.recipe, merge)
         if self.settings.overwrite:
@@ -248,8 +253,10 @@ class _Run:
                 workers.renew()
                 waiting = {workers.submit(unit.name, mean): unit for unit in lost}
 
-    def _workers(self, job: Job, merge: PlannedMerge) -> LocalWorkers | RayWorkers:
+    def _workers(self, job: Job, merge: PlannedMerge) -> LocalWorkers | RayWorkers | ThisProcess:
         settings, options, threads = self.settings, self.recipe.options, job.threads
+        if settings.in_process:
+            return ThisProcess(job)
         if settings.ray is not None:
             return RayWorkers(job, settings.ray)
         gpus = torch.cuda.device_count() if options.multi_gpu else 0

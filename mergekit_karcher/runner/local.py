@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mergekit_karcher.runner.records import Record
-from mergekit_karcher.runner.work import Job, do_unit
+from mergekit_karcher.runner.work import Job, do_unit, forget
 
 
 class LocalWorkers:
@@ -60,6 +60,33 @@ class LocalWorkers:
         return ProcessPoolExecutor(
             self._count, self._context, _prepare, (number if self._own_gpus else None,)
         )
+
+
+class ThisProcess:
+    """Does units one after the other in the process that asks for them.
+
+    Arguments:
+        job: What they are units of.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def submit(self, name: str, mean: Any) -> Future[Record]:
+        """Do a unit; the future is done."""
+        future: Future[Record] = Future()
+        try:
+            future.set_result(do_unit(self._job, name, mean))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def renew(self) -> None:
+        """Nothing: no process was lost."""
+
+    def stop(self) -> None:
+        """Let go of the plan and of the files that it has open."""
+        forget(self._job.recipe)
 
 
 def _prepare(number: Any) -> None:

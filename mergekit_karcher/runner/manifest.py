@@ -12,17 +12,12 @@ from typing import Any
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.files import write_text
 from mergekit_karcher.host.merging import Recipe
+from mergekit_karcher.host.options import decisive
 from mergekit_karcher.host.planned import PlannedMerge
 from mergekit_karcher.runner.inputs import fingerprint
 
 _FILE = "manifest.json"
 _SCHEMA = 1
-
-# Options of mergekit that say how a merge is done, and not what comes of it.
-_NO_MATTER = {
-    *("quiet", "verbosity", "num_threads", "async_write", "write_threads", "clone_tensors"),
-    *("write_model_card", "copy_tokenizer"),
-}
 
 # What is compared, and what it is called where it differs.
 _COMPARED = {
@@ -46,13 +41,12 @@ def manifest_of(recipe: Recipe, merge: PlannedMerge) -> dict[str, Any]:
     Raises:
         KarcherError: If an input file is not whole.
     """
-    options = recipe.options.model_dump(mode="json", exclude=_NO_MATTER)
     packages = ("mergekit", "mergekit-karcher", "torch", "transformers")
     return {
         "schema": _SCHEMA,
         "versions": {package: version(package) for package in packages},
         "config": config_hash(recipe),
-        "options": options,
+        "options": decisive(recipe.options),
         "inputs": {str(path): list(fingerprint(path)) for path in merge.input_files()},
         "units": [[unit.name, len(unit.places), unit.bytes] for unit in merge.units],
     }

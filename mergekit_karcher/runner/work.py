@@ -40,6 +40,11 @@ def keep(recipe: Recipe, merge: PlannedMerge) -> None:
     _planned[recipe] = merge
 
 
+def forget(recipe: Recipe) -> None:
+    """Let go of a plan that this process keeps."""
+    _planned.pop(recipe, None)
+
+
 def do_unit(job: Job, name: str, mean: Any) -> Record:
     """Do a unit, or find that it is done.
 

@@ -1,0 +1,1 @@
+"""Which merge is best for some models, measured on a little text."""
