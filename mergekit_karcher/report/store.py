@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.files import replacing, write_text
-from mergekit_karcher.report.plots import TITLES, draw
+from mergekit_karcher.report.plots import FILES, draw
 from mergekit_karcher.report.schema import SCHEMA, Report
 from mergekit_karcher.report.text import markdown
 
@@ -45,7 +45,7 @@ def write(report: Report, folder: Path) -> bool:
     The files of an older report are deleted first, and report.json comes last: a folder that has it
     is complete. Raises OSError if a file cannot be written.
     """
-    for old in (JSON, *TITLES):
+    for old in (JSON, *FILES):
         (folder / old).unlink(missing_ok=True)
     try:
         draw(report, folder)
@@ -59,7 +59,7 @@ def write(report: Report, folder: Path) -> bool:
 
 def plots_in(folder: Path) -> list[tuple[str, str]]:
     """(file, what it shows) for each plot of a report."""
-    return [(file, title) for file, title in TITLES.items() if (folder / file).is_file()]
+    return [(file, title) for file, title in FILES.items() if (folder / file).is_file()]
 
 
 def copy(source: Path, target: Path) -> None:
@@ -69,9 +69,9 @@ def copy(source: Path, target: Path) -> None:
     if the target cannot be written to.
     """
     make_folder(target)
-    for name in (JSON, MARKDOWN, *TITLES):
+    for name in (JSON, MARKDOWN, *FILES):
         (target / name).unlink(missing_ok=True)
-    for name in (*TITLES, MARKDOWN, JSON):
+    for name in (*FILES, MARKDOWN, JSON):
         if (source / name).is_file():
             with replacing(target / name) as partial:
                 shutil.copyfile(source / name, partial)
