@@ -22,6 +22,9 @@ TITLES = {
     "shares": "How much each model counts, by layer and module",
 }
 
+# Cells of the matrix of models are labelled with their angle up to this many models.
+LABELLED = 10
+
 # A cell is outlying if it is this many times as large as the next to largest tenth of all.
 _OUTLYING = 2.0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from mergekit_karcher.report.apart import plain
 from mergekit_karcher.report.charts import (
+    LABELLED,
     TITLES,
     Grid,
     HeatMaps,
@@ -23,7 +23,7 @@ from mergekit_karcher.report.charts import (
     heat_maps,
     matrices,
 )
-from mergekit_karcher.report.page import Chart, Section, write_page
+from mergekit_karcher.report.page import Chart, Section, as_label, write_page
 from mergekit_karcher.report.schema import Report
 from mergekit_karcher.report.text import legend, models_line, tables
 from mergekit_karcher.report.verdict import advice_on
@@ -36,10 +36,7 @@ if TYPE_CHECKING:
 _NAMED = 8
 
 # Longer names of models are cut where they stand beside a chart.
-_LONGEST_LABEL = 24
-
-# Cells of the matrix of models are labelled with their angle up to this many models.
-_LABELLED = 10
+_LONGEST_LABEL = 16
 
 
 def write_html(report: Report, path: Path) -> None:
@@ -48,10 +45,8 @@ def write_html(report: Report, path: Path) -> None:
 
 
 def _sections(report: Report) -> Iterator[Section]:
-    advice = advice_on(report)
-    yield Section(
-        "The models", [report.verdict, *([advice] if advice else []), models_line(report)]
-    )
+    sentences = [report.verdict, advice_on(report), models_line(report)]
+    yield Section("The models", [sentence for sentence in sentences if sentence])
     grid = grid_of(report)
     charts = {
         name: [Chart(panel, _heat_map(grid, maps, value)) for panel, value in maps.panels.items()]
@@ -81,10 +76,9 @@ def _heat_map(grid: Grid, maps: HeatMaps, value: Value) -> Figure:
         hover,
         maps.unit,
     )
-    outside = " (outside: tensors of no layer)" if None in grid.layers else ""
-    figure.update_xaxes(title=f"layer{outside}")
+    figure.update_xaxes(title="layer")
     figure.update_yaxes(title="kind of module")
-    return figure.update_layout(height=190 + 26 * len(grid.kinds))
+    return figure.update_layout(height=200 + 26 * len(grid.kinds))
 
 
 def _tensors_in(grid: Grid, kind: str, layer: int | None, value: Value, unit: str) -> str:
@@ -97,9 +91,9 @@ def _tensors_in(grid: Grid, kind: str, layer: int | None, value: Value, unit: st
     place = f"{kind}, {'outside the layers' if layer is None else f'layer {layer}'}"
     if len(known) == 1:
         ((name, number),) = known.items()
-        return f"{escape(name)}<br>{place}<br>{_amount(number, unit)}"
+        return f"{as_label(name)}<br>{place}<br>{_amount(number, unit)}"
     largest = sorted(known.items(), key=lambda item: -item[1])
-    lines = [f"{escape(name)}: {_amount(number, unit)}" for name, number in largest[:_NAMED]]
+    lines = [f"{as_label(name)}: {_amount(number, unit)}" for name, number in largest[:_NAMED]]
     if len(known) > _NAMED:
         lines.append(f"and {len(known) - _NAMED} more")
     average = _amount(value(tensors), unit)
@@ -113,20 +107,20 @@ def _matrix(report: Report, matrix: Matrix) -> Figure:
     apart = ~np.eye(len(names), dtype=bool) & np.isfinite(degrees)
     hover = [
         [
-            f"{escape(first)}<br>{escape(second)}<br>{_amount(degrees[row, column], 'degrees')}"
+            f"{as_label(first)}<br>{as_label(second)}<br>{_amount(degrees[row, column], 'degrees')}"
             if apart[row, column]
             else ""
             for column, second in enumerate(names)
         ]
         for row, first in enumerate(names)
     ]
-    labelled = apart & (len(names) <= _LABELLED)
+    labelled = apart & (len(names) <= LABELLED)
     limit = np.nan_to_num(degrees).max(initial=0) or 1.0
     rows = [f"{_shortened(name)} ({number})" for name, number in zip(names, numbers, strict=True)]
     figure = _colored(numbers, rows, degrees, limit, _numbers(degrees, labelled), hover, "degrees")
-    figure.update_xaxes(title="model, by its number", constrain="domain")
-    figure.update_yaxes(title="model", scaleanchor="x", constrain="domain")
-    return figure.update_layout(height=250 + min(400, 45 * len(names)))
+    figure.update_xaxes(title="model, by its number")
+    figure.update_yaxes(title="model")
+    return figure.update_layout(height=200 + min(400, 45 * len(names)))
 
 
 def _colored(
@@ -149,7 +143,7 @@ def _colored(
         zmin=0,
         zmax=limit,
         colorscale="Viridis",
-        colorbar={"title": {"text": unit}, **above},
+        colorbar={"title": {"text": unit, "side": "top"}, **above},
         text=labels,
         texttemplate="%{text}",
         hovertext=hover,
@@ -187,4 +181,4 @@ def _shortened(name: str) -> str:
     """The last part of a name, so that it leaves room for the chart on a narrow screen."""
     last = name.rsplit("/", 1)[-1]
     cut = last if len(last) <= _LONGEST_LABEL else f"{last[: _LONGEST_LABEL - 1]}…"
-    return escape(cut)
+    return as_label(cut)

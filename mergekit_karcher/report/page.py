@@ -28,8 +28,8 @@ class Table(NamedTuple):
 class Chart(NamedTuple):
     """A chart of plotly with what stands above it.
 
-    plotly reads some HTML in a figure's labels: names of models and tensors have to be escaped
-    there, and nowhere else.
+    plotly reads HTML in the texts of a figure: a name of a model or tensor has to go through
+    `as_label` there, and nowhere else.
     """
 
     title: str
@@ -43,6 +43,12 @@ class Section(NamedTuple):
     sentences: Sequence[str] = ()
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
+
+
+def as_label(name: str) -> str:
+    """A name for a figure, where plotly shows it as it is."""
+    # plotly knows no &quot;.
+    return escape(name, quote=False)
 
 
 def write_page(path: Path, title: str, sections: Iterable[Section]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mergekit_karcher.files import replacing
 from mergekit_karcher.report.charts import (
+    LABELLED,
     TITLES,
     HeatMaps,
     color_limit,
@@ -19,9 +20,6 @@ from mergekit_karcher.report.charts import (
     matrices,
 )
 from mergekit_karcher.report.schema import Report
-
-# Cells of the matrix of models are labelled with their angle up to this many models.
-_LABELLED = 10
 
 # What each file shows.
 FILES = {f"{name}.png": title for name, title in TITLES.items()}
@@ -92,7 +90,7 @@ def _models(report: Report, title: str) -> Any:
         largest = np.nan_to_num(degrees).max(initial=0)
         image = axes.imshow(degrees, cmap="viridis", vmin=0, vmax=largest or 1.0)
         axes.set_yticks(range(len(places)), names)
-        for (row, column), value in np.ndenumerate(degrees if len(places) <= _LABELLED else ()):
+        for (row, column), value in np.ndenumerate(degrees if len(places) <= LABELLED else ()):
             if row != column and np.isfinite(value):
                 colour = "black" if value > 0.6 * largest else "white"
                 axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour)
