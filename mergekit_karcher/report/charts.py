@@ -22,6 +22,8 @@ TITLES = {
     "shares": "How much each model counts, by layer and module",
 }
 
+DEGREES = "degrees"
+
 # Cells of the matrix of models are labelled with their angle up to this many models.
 LABELLED = 10
 
@@ -141,7 +143,7 @@ def _angles(report: Report) -> HeatMaps:
     panels = {"the weights": cell("zero", ())}
     if report.whole_tasks:
         panels["the changes from the base"] = cell("base", report.noise)
-    return HeatMaps("degrees", panels)
+    return HeatMaps(DEGREES, panels)
 
 
 def _lengths(report: Report) -> HeatMaps:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mergekit_karcher.report.apart import plain
 from mergekit_karcher.report.charts import (
+    DEGREES,
     LABELLED,
     TITLES,
     Grid,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 _NAMED = 8
 
 # Longer names of models are cut where they stand beside a chart.
-_LONGEST_LABEL = 16
+_LONGEST_LABEL = 24
 
 
 def write_html(report: Report, path: Path) -> None:
@@ -76,9 +77,9 @@ def _heat_map(grid: Grid, maps: HeatMaps, value: Value) -> Figure:
         hover,
         maps.unit,
     )
-    figure.update_xaxes(title="layer")
-    figure.update_yaxes(title="kind of module")
-    return figure.update_layout(height=200 + 26 * len(grid.kinds))
+    figure.update_xaxes(title_text="layer")
+    figure.update_yaxes(title_text="kind of module")
+    return figure.update_layout(height=120 + 26 * len(grid.kinds))
 
 
 def _tensors_in(grid: Grid, kind: str, layer: int | None, value: Value, unit: str) -> str:
@@ -117,10 +118,10 @@ def _matrix(report: Report, matrix: Matrix) -> Figure:
     labelled = apart & (len(names) <= LABELLED)
     limit = np.nan_to_num(degrees).max(initial=0) or 1.0
     rows = [f"{_shortened(name)} ({number})" for name, number in zip(names, numbers, strict=True)]
-    figure = _colored(numbers, rows, degrees, limit, _numbers(degrees, labelled), hover, "degrees")
-    figure.update_xaxes(title="model, by its number")
-    figure.update_yaxes(title="model")
-    return figure.update_layout(height=200 + min(400, 45 * len(names)))
+    figure = _colored(numbers, rows, degrees, limit, _numbers(degrees, labelled), hover, DEGREES)
+    figure.update_xaxes(title_text="model, by its number")
+    figure.update_yaxes(title_text="model")
+    return figure.update_layout(height=110 + min(400, 45 * len(names)))
 
 
 def _colored(
@@ -135,7 +136,6 @@ def _colored(
     """Cells in colours from zero to a limit, with what is written on each and shown above it."""
     from plotly.graph_objects import Figure, Heatmap
 
-    above = {"orientation": "h", "y": 1, "yanchor": "bottom", "thickness": 12}
     heat_map = Heatmap(
         x=columns,
         y=rows,
@@ -143,7 +143,7 @@ def _colored(
         zmin=0,
         zmax=limit,
         colorscale="Viridis",
-        colorbar={"title": {"text": unit, "side": "top"}, **above},
+        colorbar={"title": {"text": unit, "side": "right"}, "thickness": 12},
         text=labels,
         texttemplate="%{text}",
         hovertext=hover,
@@ -153,13 +153,18 @@ def _colored(
         ygap=1,
     )
     # A number as a label is a name here, and no place on the axis.
-    axis = {"type": "category", "showgrid": False, "fixedrange": True}
+    axis = {
+        "type": "category",
+        "showgrid": False,
+        "fixedrange": True,
+        "automargin": True,
+    }
     return Figure(
         heat_map,
         {
             "xaxis": axis,
-            "yaxis": {**axis, "autorange": "reversed", "automargin": True},
-            "margin": {"l": 20, "r": 20, "t": 80, "b": 50},
+            "yaxis": {**axis, "autorange": "reversed"},
+            "margin": {"l": 20, "r": 20, "t": 30, "b": 50},
             "hoverlabel": {"align": "left"},
         },
     )

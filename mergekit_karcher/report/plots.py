@@ -11,6 +11,7 @@ import numpy as np
 
 from mergekit_karcher.files import replacing
 from mergekit_karcher.report.charts import (
+    DEGREES,
     LABELLED,
     TITLES,
     HeatMaps,
@@ -94,7 +95,7 @@ def _models(report: Report, title: str) -> Any:
             if row != column and np.isfinite(value):
                 colour = "black" if value > 0.6 * largest else "white"
                 axes.text(column, row, f"{value:.3g}", ha="center", va="center", color=colour)
-        figure.colorbar(image, ax=axes, label="degrees", shrink=0.8)
+        figure.colorbar(image, ax=axes, label=DEGREES, shrink=0.8)
         # Names stand beside the rows; the columns have the same order.
         axes.set_xticks(range(len(places)), [str(place + 1) for place in places])
         axes.set_title(f"{title}:\n{name}" if axes is panels[0] else name, wrap=True)
