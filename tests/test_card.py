@@ -209,7 +209,7 @@ def test_only_the_files_of_a_report_are_copied(merged, tmp_path, monkeypatch):
     (tmp_path / "large.safetensors").write_text("")
     assert card(merged, "--report", tmp_path).exit_code == 0
     names = {path.name for path in (merged / "geometry").iterdir()}
-    assert names == {"report.json", "report.md", "angles.png", "lengths.png"}
+    assert names == {"report.json", "report.md", "report.html", "angles.png", "lengths.png"}
 
 
 def test_hub_ids_that_hold_a_local_path_and_hand_written_bases_stay(merged, three_models):

@@ -78,7 +78,7 @@ def test_files_and_the_terminal(close_models, cli, tmp_path):
     assert "\x1b" not in result.stdout
     for heading in ("The weights", "angle", "lost, %", "The changes from the base", "kept, %"):
         assert heading in words
-    assert f"Wrote report.json, report.md and 3 plots to {out}." in result.stderr
+    assert f"Wrote report.json, report.md, report.html and 3 plots to {out}." in result.stderr
     text = (out / "report.md").read_text()
     assert report.verdict in text
     for picture in ("angles.png", "models.png", "lengths.png"):
@@ -126,34 +126,46 @@ def test_the_columns_of_many_models_are_not_cut(cli, tmp_path):
     assert max(map(len, shown.splitlines())) <= 80
 
 
-def test_without_matplotlib_the_text_is_written(close_models, cli, tmp_path, monkeypatch, merge):
+@pytest.mark.parametrize(
+    ("library", "left_out", "what"),
+    [("matplotlib", "*.png", "no plots"), ("plotly", "report.html", "no report.html")],
+)
+def test_without_a_library_the_rest_is_written(
+    close_models, cli, tmp_path, monkeypatch, library, left_out, what
+):
     true_import = builtins.__import__
 
-    def no_matplotlib(name, *rest, **named):
-        if name.split(".")[0] == "matplotlib":
+    def without_library(name, *rest, **named):
+        if name.split(".")[0] == library:
             raise ImportError(name)
         return true_import(name, *rest, **named)
 
     config = config_for(close_models[1:])
-    assert cli("report", "--out", tmp_path / "seen", config=config).exit_code == 0
-    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
-    result = cli("report", "--out", tmp_path / "seen", config=config)
+    seen = tmp_path / "seen"
+    assert cli("report", "--out", seen, config=config).exit_code == 0
+    files = {path.name for path in seen.iterdir()}
+    gone = {path.name for path in seen.glob(left_out)}
+    assert gone
+    monkeypatch.setattr(builtins, "__import__", without_library)
+    result = cli("report", "--out", seen, config=config)
     assert result.exit_code == 0
+    assert f"The report has {what}, because {library} is not installed: pip" in result.stderr
     assert "pip install 'mergekit-karcher[report]'" in result.stderr
-    assert (tmp_path / "seen" / "report.json").is_file()
-    assert not list((tmp_path / "seen").glob("*.png"))
-    assert "![" not in (tmp_path / "seen" / "report.md").read_text()
+    assert {path.name for path in seen.iterdir()} == files - gone
+    assert ("![" in (seen / "report.md").read_text()) == (library == "plotly")
 
 
 @pytest.fixture
 def written(close_models, cli, tmp_path):
-    """A folder with a report and its plots."""
+    """A folder with all files of a report."""
     folder = tmp_path / "written"
     assert cli("report", "--out", folder, config=config_for(close_models[1:])).exit_code == 0
     return folder
 
 
-@pytest.mark.parametrize("failing", ["angles.png", "lengths.png", "report.md", "report.json"])
+@pytest.mark.parametrize(
+    "failing", ["angles.png", "lengths.png", "report.html", "report.md", "report.json"]
+)
 @pytest.mark.parametrize("how", ["write", "copy"])
 def test_a_report_that_was_not_finished_has_no_report_json(
     written, tmp_path, monkeypatch, failing, how

@@ -11,22 +11,7 @@ from configs import config_for
 from reports import report_of
 from safetensors.torch import save_file
 
-from mergekit_karcher.report import plots
-
-
-def figures_of(report, monkeypatch, tmp_path):
-    """The figures that are drawn for a report, by the name of their file."""
-    figures = {}
-    for file, make in (("angles.png", "_angles"), ("lengths.png", "_lengths")):
-        true = getattr(plots, make)
-
-        def kept(*arguments, file=file, true=true):
-            figures[file] = true(*arguments)
-            return figures[file]
-
-        monkeypatch.setattr(plots, make, kept)
-    plots.draw(report, tmp_path)
-    return figures
+from mergekit_karcher.report import charts, plots
 
 
 def cells_of(axes):
@@ -35,11 +20,11 @@ def cells_of(axes):
     return dict(zip(kinds, np.ma.filled(image.get_array().astype(float), math.nan), strict=True))
 
 
-def test_task_vectors_have_heat_maps_of_their_own(close_models, cli, monkeypatch, tmp_path):
+def test_task_vectors_have_heat_maps_of_their_own(close_models, cli):
     base, *models = close_models
     config = config_for(models, base=base, origin="base")
     report = report_of(cli("report", "--json", config=config))
-    figures = figures_of(report, monkeypatch, tmp_path)
+    figures = dict(plots.figures(report))
     kinds = {kind.kind: kind for kind in report.kinds}
     for file, value in {
         "angles.png": lambda kind: math.degrees(kind.task_angle_average),
@@ -57,7 +42,7 @@ def test_task_vectors_have_heat_maps_of_their_own(close_models, cli, monkeypatch
                 assert np.nanmean(row) == pytest.approx(value(kinds[name]))
 
 
-def test_one_outlying_cell_leaves_the_colours_to_the_others(cli, tmp_path, monkeypatch):
+def test_one_outlying_cell_leaves_the_colours_to_the_others(cli, tmp_path):
     """Nine layers are 1 to 2 degrees apart, the last at right angles."""
     degrees = [*np.linspace(1, 2, 9), 90]
     for index in range(2):
@@ -71,7 +56,7 @@ def test_one_outlying_cell_leaves_the_colours_to_the_others(cli, tmp_path, monke
         save_file(tensors, tmp_path / f"m{index}.safetensors")
     files = [str(tmp_path / f"m{index}.safetensors") for index in range(2)]
     report = report_of(cli("report", "--json", config=config_for(files) | {"dtype": "float64"}))
-    axes = figures_of(report, monkeypatch, tmp_path)["angles.png"].axes[0]
+    axes = dict(plots.figures(report))["angles.png"].axes[0]
     np.testing.assert_allclose(cells_of(axes)["up"], degrees, rtol=1e-6)
     assert axes.images[0].get_clim() == pytest.approx((0, 2))
     assert [text.get_text() for text in axes.texts] == ["90"]
@@ -82,4 +67,4 @@ def test_one_outlying_cell_leaves_the_colours_to_the_others(cli, tmp_path, monke
     [([], 1.0), ([math.nan], 1.0), ([0.0, 0.0], 1.0), ([1.0, 3.0], 1.0), ([5.0, 6.0, 7.0], 7.0)],
 )
 def test_the_colour_scale_has_an_end(cells, limit):
-    assert plots.color_limit(np.array(cells))[0] == limit
+    assert charts.color_limit(np.array(cells))[0] == limit

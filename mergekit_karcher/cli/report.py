@@ -10,7 +10,7 @@ from rich.console import Console
 from mergekit_karcher.cli.main import examples
 from mergekit_karcher.host.measure import report_on
 from mergekit_karcher.host.options import MergeOptions, ReadingCommand, add_merge_options
-from mergekit_karcher.report.store import JSON, MARKDOWN, NO_PLOTS, make_folder, plots_in, write
+from mergekit_karcher.report.store import HTML, JSON, MARKDOWN, make_folder, plots_in, write
 from mergekit_karcher.report.text import show
 
 
@@ -27,7 +27,7 @@ from mergekit_karcher.report.text import show
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Write report.json, report.md and plots to this folder.",
+    help="Write report.json, report.md, report.html and plots to this folder.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as JSON.")
 @add_merge_options  # type: ignore[untyped-decorator]
@@ -49,9 +49,11 @@ def main(config: Path, out: Path | None, as_json: bool, merge_options: MergeOpti
         show(report, Console())
     if out is None:
         return
-    has_plots = write(report, out)
+    left_out = write(report, out)
     if not merge_options.quiet:
-        plots = f" and {len(plots_in(out))} plots" if has_plots else ""
-        click.echo(f"Wrote {JSON}, {MARKDOWN}{plots} to {out}.", err=True)
-    if not has_plots:
-        click.echo(NO_PLOTS, err=True)
+        files = [name for name in (JSON, MARKDOWN, HTML) if (out / name).is_file()]
+        if plots := plots_in(out):
+            files.append(f"{len(plots)} plots")
+        click.echo(f"Wrote {', '.join(files[:-1])} and {files[-1]} to {out}.", err=True)
+    for sentence in left_out:
+        click.echo(sentence, err=True)

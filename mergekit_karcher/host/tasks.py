@@ -38,7 +38,7 @@ from mergekit_karcher.means.products import Products, total
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.means.solve import mean_of_products
 from mergekit_karcher.report.build import Planned, build
-from mergekit_karcher.report.store import NO_PLOTS, write
+from mergekit_karcher.report.store import write
 from mergekit_karcher.sphere.results import Status
 
 _LOG = logging.getLogger(__name__)
@@ -287,8 +287,8 @@ class WriteReport(Task[None]):  # type: ignore[misc]
     def execute(self, **_: Any) -> None:
         try:
             report = build(self.planned, self.run.tally.observations, self.run.tally.means)
-            if not write(report, self.folder):
-                _LOG.warning(NO_PLOTS)
+            for left_out in write(report, self.folder):
+                _LOG.warning(left_out)
         except Exception as error:
             # All weights are saved; mergekit has yet to save config and tokenizer.
             _LOG.error("The report was not written to %s: %s.", self.folder, error)

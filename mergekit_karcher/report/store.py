@@ -11,16 +11,17 @@ from pydantic import ValidationError
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.files import replacing, write_text
-from mergekit_karcher.report.plots import TITLES, draw
+from mergekit_karcher.report.html import write_html
+from mergekit_karcher.report.plots import FILES, draw
 from mergekit_karcher.report.schema import SCHEMA, Report
 from mergekit_karcher.report.text import markdown
 
 _LOG = logging.getLogger(__name__)
 
-JSON, MARKDOWN = "report.json", "report.md"
-NO_PLOTS = (
-    "The report has no plots, because matplotlib is not installed: "
-    "pip install 'mergekit-karcher[report]' adds them."
+JSON, MARKDOWN, HTML = "report.json", "report.md", "report.html"
+_NOT_INSTALLED = (
+    "The report has no {what}, because {library} is not installed: "
+    "pip install 'mergekit-karcher[report]' adds {it}."
 )
 
 
@@ -39,27 +40,39 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-def write(report: Report, folder: Path) -> bool:
-    """Write a report to a folder, which must exist; returns whether matplotlib is there for plots.
+def write(report: Report, folder: Path) -> list[str]:
+    """Write a report to a folder, which must exist.
 
     The files of an older report are deleted first, and report.json comes last: a folder that has it
-    is complete. Raises OSError if a file cannot be written.
+    is complete.
+
+    Returns:
+        A sentence on each part that was left out because its library is not installed.
+
+    Raises:
+        OSError: If a file cannot be written.
     """
-    for old in (JSON, *TITLES):
+    for old in (JSON, HTML, *FILES):
         (folder / old).unlink(missing_ok=True)
+    left_out = []
     try:
         draw(report, folder)
     except ImportError:
         _LOG.debug("no plots", exc_info=True)
-    plots = plots_in(folder)
-    write_text(folder / MARKDOWN, markdown(report, plots))
+        left_out.append(_NOT_INSTALLED.format(what="plots", library="matplotlib", it="them"))
+    try:
+        write_html(report, folder / HTML)
+    except ImportError:
+        _LOG.debug("no %s", HTML, exc_info=True)
+        left_out.append(_NOT_INSTALLED.format(what=HTML, library="plotly", it="it"))
+    write_text(folder / MARKDOWN, markdown(report, plots_in(folder)))
     write_text(folder / JSON, report.model_dump_json(by_alias=True) + "\n")
-    return bool(plots)
+    return left_out
 
 
 def plots_in(folder: Path) -> list[tuple[str, str]]:
     """(file, what it shows) for each plot of a report."""
-    return [(file, title) for file, title in TITLES.items() if (folder / file).is_file()]
+    return [(file, title) for file, title in FILES.items() if (folder / file).is_file()]
 
 
 def copy(source: Path, target: Path) -> None:
@@ -69,9 +82,9 @@ def copy(source: Path, target: Path) -> None:
     if the target cannot be written to.
     """
     make_folder(target)
-    for name in (JSON, MARKDOWN, *TITLES):
+    for name in (JSON, MARKDOWN, HTML, *FILES):
         (target / name).unlink(missing_ok=True)
-    for name in (*TITLES, MARKDOWN, JSON):
+    for name in (*FILES, HTML, MARKDOWN, JSON):
         if (source / name).is_file():
             with replacing(target / name) as partial:
                 shutil.copyfile(source / name, partial)

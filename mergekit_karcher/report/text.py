@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from mergekit_karcher.report.apart import plain
+from mergekit_karcher.report.page import Table
 from mergekit_karcher.report.schema import NOISE, Kind, Report
 from mergekit_karcher.report.suggestion import suggestion_of
 from mergekit_karcher.report.verdict import advice_on
@@ -100,7 +101,7 @@ _DEFINITION = (
 )
 
 
-def _tables(report: Report) -> dict[str, list[Column]]:
+def _columns(report: Report) -> dict[str, list[Column]]:
     """The columns of each table, by its title; those of the mean stand where it is taken."""
     weights, tasks = [_TENSORS, *_WEIGHTS], [*_TASKS]
     known = report.overall.input_overlap_average is not None
@@ -140,7 +141,7 @@ def _shares(report: Report) -> dict[str, list[Column]]:
 
 def legend(report: Report) -> str:
     """What the columns of the tables mean."""
-    columns = (column for columns in _tables(report).values() for column in columns)
+    columns = (column for columns in _columns(report).values() for column in columns)
     return " ".join([_DEFINITION, *(column.meaning for column in columns if column.meaning)])
 
 
@@ -152,15 +153,19 @@ def _rows(report: Report, columns: Sequence[Column]) -> Iterable[list[str]]:
             yield [kind.kind, *cells]
 
 
+def tables(report: Report) -> list[Table]:
+    """The numbers of each kind of module."""
+    return [
+        Table(title, ["module", *(column.title for column in columns)], [*_rows(report, columns)])
+        for title, columns in _columns(report).items()
+    ]
+
+
 def markdown_tables(report: Report) -> str:
     """The tables in Markdown, each under its title."""
     parts = []
-    for title, columns in _tables(report).items():
-        lines = [
-            ["module", *(column.title for column in columns)],
-            ["---", *["---:"] * len(columns)],
-            *_rows(report, columns),
-        ]
+    for title, headings, rows in tables(report):
+        lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
         parts += [f"**{title}**", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     return "\n\n".join(parts)
 
@@ -192,12 +197,11 @@ def show(report: Report, console: Console) -> None:
     """Print the tables and the sentences, in colour if the console is a terminal."""
     console.width = max(console.width, _WIDTH)
     console.print(models_line(report), markup=False, highlight=False)
-    for title, columns in _tables(report).items():
-        table = Table(title=title, box=box.SIMPLE)
-        table.add_column("module", no_wrap=True)
-        for column in columns:
-            table.add_column(column.title, justify="right", no_wrap=True)
-        for row in _rows(report, columns):
+    for title, headings, rows in tables(report):
+        table = RichTable(title=title, box=box.SIMPLE)
+        for place, heading in enumerate(headings):
+            table.add_column(heading, justify="right" if place else "left", no_wrap=True)
+        for row in rows:
             table.add_row(*row)
         console.print(table)
     console.print(legend(report), markup=False, highlight=False, style="dim")
