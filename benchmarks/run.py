@@ -53,7 +53,7 @@ def measure(section: str, options: argparse.Namespace) -> Iterator[Row]:
     if section == "kernels":
         return kernels(QUICK if quick else Sizes())
     if section == "passes":
-        return passes(256, 2) if quick else passes(4096, 15)
+        return passes(256, 2) if quick else passes(4096, 7)
     if section == "geometries":
         return geometries(256, (2,), 2) if quick else geometries(4096, (2, 5, 17), 7)
     if section == "long":

@@ -26,8 +26,7 @@ from mergekit_karcher.report.charts import (
 )
 from mergekit_karcher.report.page import Chart, Section, as_label, write_page
 from mergekit_karcher.report.schema import Report
-from mergekit_karcher.report.text import legend, models_line, tables
-from mergekit_karcher.report.verdict import advice_on
+from mergekit_karcher.report.text import advice, legend, models_line, tables
 from mergekit_karcher.sphere.trig import Floats
 
 if TYPE_CHECKING:
@@ -46,8 +45,7 @@ def write_html(report: Report, path: Path) -> None:
 
 
 def _sections(report: Report) -> Iterator[Section]:
-    sentences = [report.verdict, advice_on(report), models_line(report)]
-    yield Section("The models", [sentence for sentence in sentences if sentence])
+    yield Section("The models", [report.verdict, *advice(report), models_line(report)])
     grid = grid_of(report)
     charts = {
         name: [Chart(panel, _heat_map(grid, maps, value)) for panel, value in maps.panels.items()]

@@ -184,7 +184,7 @@ def markdown(report: Report, plots: Sequence[tuple[str, str]]) -> str:
     parts = [
         "# Geometry of this merge",
         report.verdict,
-        *_advice(report),
+        *advice(report),
         models_line(report),
         markdown_tables(report),
         legend(report),
@@ -206,14 +206,14 @@ def show(report: Report, console: Console) -> None:
         console.print(table)
     console.print(legend(report), markup=False, highlight=False, style="dim")
     console.print(report.verdict, markup=False, highlight=False, style="bold")
-    for advice in _advice(report):
-        console.print(advice, markup=False, highlight=False)
+    for sentence in advice(report):
+        console.print(sentence, markup=False, highlight=False)
 
 
-def _advice(report: Report) -> list[str]:
-    """What is known of models like these, and what to do with them."""
-    advice = advice_on(report)
+def advice(report: Report) -> list[str]:
+    """What is known of models like these, and what to do with them, in sentences."""
+    known = advice_on(report)
     # What fisher sees of models is no measure of how far they are apart.
     measured = report.overall.shares is None and not report.settings.in_metric
     suggestion = [suggestion_of(report).sentence] if measured else []
-    return [*([advice] if advice else []), *suggestion]
+    return [*([known] if known else []), *suggestion]
