@@ -19,7 +19,7 @@ from mergekit_karcher.kernels.gram import grams
 SUM, GRAM, COMBINE = "torch.sum", "Gram pass", "combining"
 CONVERSION = "conversion to float32 in the cache"
 
-# glibc's numbers of what mallopt sets, and its defaults.
+# glibc's numbers of what mallopt sets, its defaults, and what keeps memory that was freed.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65536}
 _KEEPS = {_TRIM_THRESHOLD: (1 << 31) - 1, _MMAP_MAX: 0}
@@ -59,9 +59,12 @@ def passes(side: int, rounds: int) -> Iterator[Row]:
 
 @contextmanager
 def _pages(*, kept: bool) -> Iterator[None]:
-    """Have glibc give freed memory back to the system, or keep it for what comes next."""
+    """Have glibc keep freed memory for what comes next; otherwise leave it as it is."""
+    if not kept:
+        yield
+        return
     libc = ctypes.CDLL(None)
-    for what, value in (_KEEPS if kept else _DEFAULTS).items():
+    for what, value in _KEEPS.items():
         libc.mallopt(what, value)
     try:
         yield

@@ -44,7 +44,6 @@ def combine(
     single = single and max(coefficients.max(), -coefficients.min()) < _LARGEST_SINGLE
     by_row = coefficients.ndim == 2
     columns = torch.from_numpy(coefficients).to(working_device(first.device)) if by_row else None
-    plain = base is None and not by_row
 
     def fill(piece: Piece, parts: Tensors, scratch: Tensors, _: torch.Tensor) -> None:
         target = parts[-1]
@@ -54,10 +53,8 @@ def combine(
             # The first summand of a total is its first product, not zero plus it, so that a merge
             # of one model keeps its -0.0.
             begins = index == used[0]
-            if plain and not begins:
-                term = part.to(total.device)
-            else:
-                term = (total if begins else spare[0]).copy_(part)
+            # Into memory that is there: torch would take new memory for each conversion.
+            term = (total if begins else spare[0]).copy_(part)
             if origin is not None:
                 term.sub_(origin)
             if columns is None:
@@ -69,7 +66,7 @@ def combine(
                 total.mul_(column) if begins else total.addcmul_(term, column)
         target.copy_(total if origin is None else total.add_(origin))
 
-    shape = (1 if plain else 3, min(CHUNK_ELEMENTS, first.numel()))
+    shape = (2 if base is None else 3, min(CHUNK_ELEMENTS, first.numel()))
     kind = torch.float32 if single else torch.float64
     stream(
         fill, read, CHUNK_ELEMENTS, out=result, scratch=[shape], scratch_dtype=kind, by_row=by_row
