@@ -217,7 +217,8 @@ def test_the_default_merges_and_what_is_written(default):
         *((f"tune{number}", "model") for number in (1, 2, 3)),
     ]
     assert sorted(path.name for path in default.iterdir()) == [
-        *(".compare", "best.yml", "compare.json", "compare.md", "compare.png", "grams")
+        *(".compare", "best.yml", "compare.html", "compare.json", "compare.md", "compare.png"),
+        "grams",
     ]
     assert not list((default / ".compare").rglob("*.safetensors"))
     for name in ("compare.json", "compare.md"):

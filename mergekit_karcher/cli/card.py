@@ -12,6 +12,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mergekit_karcher.cli.main import examples, logged
+from mergekit_karcher.compare.result import read as read_comparison
+from mergekit_karcher.compare.words import markdown_table, sentences
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.files import write_text
 from mergekit_karcher.host.documents import MODEL_KEYS, metrics_in, named_in, read_config
@@ -32,6 +34,9 @@ _DETAILS = re.compile(r"^## Merge Details$", re.MULTILINE)
 
 # The fields of a config that may hold paths.
 _PATH_KEYS = (*MODEL_KEYS, "path", "source", "tokenizer_source")
+
+# What must be alike in a config that was compared and in that of the merge.
+_OF_A_METHOD = ("merge_method", "parameters")
 
 # mergekit-pytorch writes no card.
 _NEW_CARD = """---
@@ -67,8 +72,13 @@ class Finished(NamedTuple):
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="The folder of the report on this merge.  [default: OUT/geometry]",
 )
+@click.option(
+    "--comparison",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="What mergekit-karcher compare wrote, if the config of this merge came of it.",
+)
 @logged
-def main(out: Path, folder: Path | None, quiet: bool) -> None:
+def main(out: Path, folder: Path | None, comparison: Path | None, quiet: bool) -> None:
     """Say in a model card how the merge was made, and take local paths out of it.
 
     OUT is the folder that mergekit wrote. Its README.md gets a section with how the models relate,
@@ -77,7 +87,7 @@ def main(out: Path, folder: Path | None, quiet: bool) -> None:
     place of local paths, and base_model lists only models that are on the Hub. Running it again
     changes nothing.
     """
-    done = finish(out, folder)
+    done = finish(out, folder, comparison)
     if quiet:
         return
     count = len(done.names)
@@ -87,16 +97,17 @@ def main(out: Path, folder: Path | None, quiet: bool) -> None:
     click.echo(f"{out / 'README.md'}: {what}.", err=True)
 
 
-def finish(out: Path, folder: Path | None = None) -> Finished:
+def finish(out: Path, folder: Path | None = None, comparison: Path | None = None) -> Finished:
     """Finish the model card in a folder that mergekit wrote, or make one where there is none.
 
     Arguments:
         out: The folder.
         folder: Where the report is; it is copied into out. By default it is in out already.
+        comparison: Where the comparison is that the config of the merge came of, if there is one.
 
     Raises:
-        KarcherError: If there is no report, if it is on another merge, or if the front matter of
-            the card is not valid.
+        KarcherError: If there is no report, if it or the comparison is on another merge, or if the
+            front matter of the card is not valid.
     """
     report = _report_for(out, folder)
     readme, config = out / "README.md", out / _CONFIG
@@ -107,7 +118,8 @@ def finish(out: Path, folder: Path | None = None) -> Finished:
     kept = [model for model in listed if model not in names and not is_local(model)]
     hub_ids = [hub_id for model in report.models for hub_id in model.hub_ids]
     card.data.base_model = list(dict.fromkeys([*kept, *hub_ids])) or None
-    card.text = _with_section(_renamed(card.text, names), _section(report, out))
+    compared = "" if comparison is None else _compared(config, comparison)
+    card.text = _with_section(_renamed(card.text, names), _section(report, out, compared))
     changed = _rewritten(readme, str(card))
     if config.is_file():
         changed |= _rewritten(config, _renamed(config.read_text(encoding="utf-8"), names))
@@ -157,7 +169,31 @@ def _with_section(text: str, section: str) -> str:
     return f"{text.rstrip()}\n\n{section}\n"
 
 
-def _section(report: Report, out: Path) -> str:
+def _compared(config: Path, folder: Path) -> str:
+    """What was compared, with which result, and on what."""
+    comparison = read_comparison(folder)
+    document = read_config(config) if config.is_file() else {}
+    same = [
+        merge
+        for merge in comparison.merges
+        if merge.config is not None
+        and all(
+            merge.config.get(key) == document.get(key) for key in ("merge_method", "parameters")
+        )
+    ]
+    if not same:
+        raise KarcherError(
+            f"No merge of the comparison in {folder} has the method and the parameters of "
+            f"{config}: merge by a config that was compared, such as its best.yml."
+        )
+    listed = "\n".join(f"- {sentence}" for sentence in sentences(comparison))
+    return (
+        f"### How the method was chosen\n\nThis merge is `{same[0].name}` of these, compared by "
+        f"`mergekit-karcher compare`:\n\n{listed}\n\n{markdown_table(comparison)}"
+    )
+
+
+def _section(report: Report, out: Path, compared: str) -> str:
     images = [f"![{title}]({GEOMETRY}/{file})" for file, title in plots_in(out / GEOMETRY)]
     parts = [
         _BEGIN,
@@ -166,6 +202,7 @@ def _section(report: Report, out: Path) -> str:
         _models_table(report),
         _settings_line(report),
         f"```python\n{_loading(out)}\n```",
+        *([compared] if compared else []),
         "<details>\n<summary>Geometry of this merge</summary>",
         # What karcher would have made of the models is not what users of another merge ask.
         *([] if report.settings.as_karcher else [report.verdict]),

@@ -8,36 +8,48 @@ import yaml
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from mergekit_karcher.compare.candidates import Candidate
 from mergekit_karcher.compare.noise import Difference
 from mergekit_karcher.compare.result import Comparison, Entry, Score, difference
+from mergekit_karcher.report.page import Table
 
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print the sentences and the table."""
-    head, *rows = _rows(comparison)
-    table = Table(box=box.SIMPLE_HEAD, caption=_caption(comparison))
+    caption, head, rows = table(comparison)
+    shown = RichTable(box=box.SIMPLE_HEAD, caption=caption)
     for place, title in enumerate(head):
-        table.add_column(escape(title), justify="right" if place else "left", overflow="fold")
+        shown.add_column(escape(title), justify="right" if place else "left", overflow="fold")
     for entry, row in zip(_entries(comparison), rows, strict=True):
         style = "bold" if entry.kind == "merge" and entry.name == comparison.chosen else None
-        table.add_row(*map(escape, row), style=style)
-    console.print(table)
+        shown.add_row(*map(escape, row), style=style)
+    console.print(shown)
     for line in sentences(comparison):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def markdown(comparison: Comparison, chart: str | None) -> str:
-    """The same as Markdown; chart: the file of the picture, if there is one."""
+def table(comparison: Comparison) -> Table:
+    """A row for each merge and model, the best merge first."""
     head, *rows = _rows(comparison)
-    lines = ["# Which merge?", "", *(f"{line}\n" for line in sentences(comparison))]
-    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return Table(_caption(comparison), head, rows)
+
+
+def markdown_table(comparison: Comparison) -> str:
+    """The same as Markdown."""
+    caption, head, rows = table(comparison)
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for entry, row in zip(_entries(comparison), rows, strict=True):
         is_chosen = entry.kind == "merge" and entry.name == comparison.chosen
         lines.append(f"| {' | '.join(f'**{cell}**' if is_chosen else cell for cell in row)} |")
-    lines += ["", _caption(comparison), ""]
+    return "\n".join([*lines, "", caption])
+
+
+def markdown(comparison: Comparison, chart: str | None) -> str:
+    """All of it as Markdown; chart: the file of the picture, if there is one."""
+    lines = ["# Which merge?", "", *(f"{line}\n" for line in sentences(comparison))]
+    lines += [markdown_table(comparison), ""]
     if chart is not None:
         lines += [f"![Differences to {comparison.reference}]({chart})", ""]
     packages = ", ".join(f"{name} {number}" for name, number in comparison.versions.items())
