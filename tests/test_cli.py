@@ -48,13 +48,13 @@ def test_version_and_help_import_nothing_heavy():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    for command in ("card", "doctor", "report"):
+    for command in ("card", "compare", "doctor", "report"):
         assert command in done.stdout
     version = CliRunner().invoke(main, ["--version"])
     assert version.output == f"mergekit-karcher, version {mergekit_karcher.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["card", "doctor", "report"])
+@pytest.mark.parametrize("command", ["card", "compare", "doctor", "report"])
 def test_every_command_has_help_with_examples_and_levels(command):
     result = CliRunner().invoke(main, [command, "--help"])
     assert result.exit_code == 0

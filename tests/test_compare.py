@@ -317,6 +317,7 @@ def test_configs_are_compared_with_the_linear_one(compare, configs, tmp_path):
     (left_out,) = comparison.left_out
     assert left_out.name == "broken"
     assert "granularity" in left_out.why
+    assert str(tmp_path) not in (tmp_path / "out" / "compare.json").read_text()
     mine, average = comparison.entry("mine").reporting, comparison.entry("average").reporting
     assert mine.difference == pytest.approx(mine.mean - average.mean)
     assert average.error == 0
@@ -327,7 +328,8 @@ def test_a_budget_leaves_merges_out_and_says_so(compare, tmp_path):
     comparison = read(tmp_path / "out")
     assert [entry.name for entry in comparison.merges] == ["linear"]
     assert len(comparison.left_out) == 8
-    assert "Left out: fisher, self, because" in (tmp_path / "out" / "compare.md").read_text()
+    said = "minutes of --budget were over): fisher, self; task_arithmetic; "
+    assert said in (tmp_path / "out" / "compare.md").read_text()
     assert "--budget" in comparison.left_out[0].why
 
 
@@ -444,7 +446,8 @@ def test_a_merge_that_breaks_the_model_is_left_out(compare, configs, tmp_path, m
     monkeypatch.setattr(bench, "merge", break_mine)
     assert compare(what=configs[:2]).exit_code == 0
     (left_out,) = read(tmp_path / "out").left_out
-    assert (left_out.name, "NaN" in left_out.why) == ("mine", True)
+    assert left_out.name == "mine"
+    assert left_out.why.startswith("The merge gives NaN or infinity on ")
 
 
 def test_without_enough_text_for_grams_the_rest_is_compared(compare, tmp_path):

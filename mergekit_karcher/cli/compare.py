@@ -53,7 +53,7 @@ _CONFIG = (".yml", ".yaml")
     help="Windows of each text to choose by, and as many others to report by.",
 )
 @click.option(
-    "--length", type=click.IntRange(2), default=512, show_default=True, help="Tokens of a window."
+    "--length", type=click.IntRange(2), default=256, show_default=True, help="Tokens of a window."
 )
 @click.option(
     "--budget",

@@ -95,7 +95,11 @@ class Bench:
             self._options,
             Settings(overwrite=True, quiet=True, in_process=True),
         )
-        costs = self._judge.judge(str(folder), purposes)
+        try:
+            costs = self._judge.judge(str(folder), purposes)
+        except KarcherError as error:
+            words = error.format_message().replace(str(folder), "The merge")
+            raise KarcherError(words) from None
         shutil.rmtree(folder)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

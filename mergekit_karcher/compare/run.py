@@ -181,9 +181,15 @@ class _Run:
 
         costs = measure() if needed else attempted(measure)
         if isinstance(costs, str):
-            self._left_out.append(LeftOut(name=candidate.name, why=costs))
+            self._left_out.append(LeftOut(name=candidate.name, why=self._without_paths(costs)))
         else:
             self._merges.append(Measured(candidate, costs, tuned))
+
+    def _without_paths(self, sentence: str) -> str:
+        """A sentence that says nothing of this machine."""
+        for reference, name in self._names.items():
+            sentence = sentence.replace(reference, name)
+        return sentence.replace(f"{self._request.out.absolute()}/", "")
 
     def tune(self) -> None:
         """Search for the numbers of every merge, the best first, then for more of the best."""
@@ -199,12 +205,14 @@ class _Run:
                 config, numbers = lengths_by_kind(measured.candidate.config, index.tensor_paths)
                 if numbers:
                     self._tune(measured, config, numbers, "length a kind")
-                    break
+                    return
 
     def _tune(
         self, measured: Measured, config: Mapping[str, Any], numbers: Sequence[Number], how: str
     ) -> None:
         """Add a merge with better numbers, if there are any."""
+        if not numbers:
+            return
         name = f"{measured.candidate.name}, {how}"
         with self._bar(name, len(numbers) * (TRIES + 1)) as bar:
 

@@ -87,8 +87,10 @@ def sentences(comparison: Comparison) -> Iterator[str]:
         f"Chosen on other windows than those that the table reports: {', '.join(counts)}, of up to "
         f"{comparison.length} tokens."
     )
-    for left_out in comparison.left_out:
-        yield f"Left out: {left_out.name}, because: {left_out.why.rstrip('.')}."
+    whys = dict.fromkeys(left_out.why for left_out in comparison.left_out)
+    for why in whys:
+        names = "; ".join(one.name for one in comparison.left_out if one.why == why)
+        yield f"Left out ({why.rstrip('.')}): {names}."
 
 
 def config_text(comparison: Comparison, candidate: Candidate) -> str:
