@@ -74,8 +74,8 @@ def kill_driver(merge: Merge, draw: random.Random) -> Point | None:
     if end_of(process) != -signal.SIGKILL:
         return None
     point = {"phase": merge.phase(), "loads_though_not_whole": merge.loads_though_not_whole()}
-    published = not (merge.out / ".merge").exists() and (merge.out / "config.json").exists()
-    return point | {"same": merge.same_bytes() if published else _cured(merge)}
+    ended = (merge.out / "config.json").exists() and not (merge.out / ".merge" / "whole").exists()
+    return point | {"same": not point["loads_though_not_whole"] if ended else _cured(merge)}
 
 
 def kill_worker(merge: Merge, draw: random.Random) -> Point | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 import traceback
+
+from tqdm import tqdm
 
 from mergekit_karcher.cli.main import main
 
@@ -38,6 +41,8 @@ def fork(arguments, log, prepare=None):
     status = 70
     try:
         os.setsid()
+        # A process that is killed while it has the lock of progress bars must not keep ours.
+        tqdm.set_lock(multiprocessing.RLock())
         with log.open("w") as sys.stdout:
             sys.stderr = sys.stdout
             if prepare is not None:

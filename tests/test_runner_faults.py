@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from multiprocessing import RLock, Value
+from multiprocessing import Value
 from pathlib import Path
 
 import pytest
@@ -202,7 +202,6 @@ def test_a_worker_that_is_killed_in_a_bad_moment_is_replaced(merging, where, und
             slow_submit(local)
         else:
             work._save = holding
-            tqdm.set_lock(RLock())  # That of the process of the tests must stay free.
 
     assert merging.run("--workers", "2", prepare=prepare) == 0, merging.said
     assert merging.files == undisturbed["tensor"]
