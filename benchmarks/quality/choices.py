@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-_HERE = Path(__file__).resolve().parent
-sys.path += [str(_HERE.parents[1] / name) for name in ("demo", "benchmarks")]
+sys.path += [str(Path(__file__).resolve().parents[2] / name) for name in ("demo", "benchmarks")]
 from rows import Row, row
 
 # transformers would take benchmarks/kernels.py for the package of that name.
@@ -34,6 +33,7 @@ from train import byte_tokenizer
 
 from mergekit_karcher.compare.result import Comparison, read
 
+_HERE = Path(__file__).resolve().parent
 _COMMAND = Path(sysconfig.get_path("scripts"), "mergekit-karcher")
 _LENGTH, _WINDOWS = 64, 16
 _ALONE = ("linear", "fisher, self", "karcher, row, base, linear length")
