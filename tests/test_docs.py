@@ -34,6 +34,9 @@ IN_PROCESS = {**COMMANDS, "mergekit-karcher": main}
 # What cannot be done in a test, and what is done instead.
 INSTEAD = {
     "pip install './mergekit-karcher[report]'": "test -f mergekit-karcher/pyproject.toml",
+    "mergekit-karcher suggest first second --base expert": (
+        "mergekit-karcher suggest ../first ../second --base ../expert"
+    ),
     "make demo": "make -n demo",
     "make test": "make -n test",
     "make test-mergekit": "make -n test-mergekit",
@@ -69,7 +72,7 @@ def make_files(folder, page):
                 for name, size in (sizes | {"out.bias": (2,)}).items()
             }
             save_file(tensors, folder / f"net{seed + 1}.safetensors")
-    if page == "compare":
+    if page in ("compare", "walk"):
         for name in ("base", "code", "maths"):
             llama(folder / name, len(name), dtype=torch.float32)
             words = [f"w{index * index % 59 + index // 900}" for index in range(9000)]
