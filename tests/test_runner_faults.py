@@ -404,9 +404,9 @@ def test_nothing_is_kept_of_an_input_that_was_spoilt_for_a_while(tmp_path, model
 
         def spoiling(*arguments):
             for path in spoilt.glob("*.safetensors"):
-                content = bytearray((kept / path.name).read_bytes())
-                content[-1] ^= 1
-                path.write_bytes(content)
+                with path.open("rb+") as file:
+                    file.seek(-1, os.SEEK_END)
+                    file.write(bytes([(kept / path.name).read_bytes()[-1] ^ 1]))
             return save(*arguments)
 
         work._save = spoiling
