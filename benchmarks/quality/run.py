@@ -116,6 +116,7 @@ def main() -> None:
     """Run the sets that were asked for, and write after each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--only", choices=sets(quick=False), nargs="+", metavar="SET")
     parser.add_argument(
         "--cache", type=Path, default=_HERE / ".cache", help="trained weights, data"
@@ -134,7 +135,7 @@ def main() -> None:
     makes = sets(options.quick)
     for name in options.only or makes:
         fresh = []
-        for problem in makes[name](1 if options.quick else SEEDS, options.cache):
+        for problem in makes[name](1 if options.quick else options.seeds, options.cache):
             print(name, dict(problem.case), file=sys.stderr)
             for found in measure(problem, options.contestants):
                 found["versions"] |= {"transformers": version("transformers")}
