@@ -32,7 +32,10 @@ def _with_base(
 ) -> State:
     if base is None:
         raise ValueError(f"{method} with {parameters} needs the base of the experts")
-    return merge_state_dicts([base, *experts], method, parameters=parameters, base=0)
+    # multislerp has no direction for what no expert changed, such as all that LoRA leaves alone.
+    changed = [n for n in base if not all(torch.equal(base[n], one[n]) for one in experts)]
+    parts = [{name: state[name] for name in changed} for state in (base, *experts)]
+    return base | merge_state_dicts(parts, method, parameters=parameters, base=0)
 
 
 def _builtin(base: State | None, experts: Sequence[State]) -> State:
