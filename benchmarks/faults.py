@@ -43,6 +43,7 @@ _SEED = 0
 _GRANULARITIES = ("tensor", "model")
 _MODELS, _SHARDS = 3, 8
 _UNIT_SECONDS = 0.3
+_TENSORS = "tensors equal to those of mergekit-yaml"
 
 # After so many points an undisturbed run is measured again, as others may use the machine too.
 _AGAIN = 5
@@ -308,7 +309,7 @@ def measure(kinds: list[str], parameters: int, share: float, scratch: Path | Non
             usual = (models, granularity, output // _SHARDS)
             merge = Merge(folder, *usual)
             result = tensors_of_mergekit_yaml(merge)
-            yield row("faults", of_granularity, "tensors equal to those of mergekit-yaml", result)
+            yield row("faults", of_granularity, _TENSORS, result)
             for kind in kinds:
                 title, fault, count = FAULTS[kind]
                 points = max(1, round(share * count / len(_GRANULARITIES)))
@@ -364,6 +365,12 @@ def table(rows: list[Row]) -> str:
     )
 
 
+def _place(row: Row) -> tuple[int, int]:
+    """Where a row stands in the table."""
+    titles = [_TENSORS, *(title for title, *_ in FAULTS.values())]
+    return _GRANULARITIES.index(row["case"]["granularity"]), titles.index(row["contestant"])
+
+
 def main() -> None:
     """Do what was asked for, and write after each kind of fault."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -378,7 +385,7 @@ def main() -> None:
     parameters, share = (10_000_000, 0.04) if options.quick else (200_000_000, 1.0)
     for new in measure(options.only, parameters, share, options.scratch):
         rows = [r for r in rows if (r["contestant"], r["case"]) != (new["contestant"], new["case"])]
-        rows.append(new)
+        rows = sorted([*rows, new], key=_place)
         if not options.quick:
             _RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
             _RESULTS.with_suffix(".md").write_text(table(rows))

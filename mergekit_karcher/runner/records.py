@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,10 @@ _KNOWN: list[Any] = [
 
 def store(record: Record, path: Path) -> None:
     """Write a record to a file, whole or not at all; raises `OSError`."""
+    content = io.BytesIO()
+    torch.save(record, content)  # To a full disk it would raise an error that does not say so.
     with replacing(path) as partial:
-        torch.save(record, partial)
+        partial.write_bytes(content.getbuffer())
 
 
 def load(path: Path) -> Record | None:
