@@ -82,10 +82,11 @@ def measure(problem: Problem, wanted: Sequence[str] | None) -> Iterator[Row]:
         return row(problem.section, problem.case, contestant, result)
 
     states = [expert.state for expert in problem.experts]
-    if wanted is None:
+    if wanted is None or GEOMETRY in wanted:
         yield row(problem.section, problem.case, GEOMETRY, geometry(problem))
-        if problem.base is not None:
-            yield found(BASE, problem.evaluate(problem.base), {})
+    if problem.base is not None and (wanted is None or BASE in wanted):
+        yield found(BASE, problem.evaluate(problem.base), {})
+    if wanted is None or OWN in wanted:
         yield found(OWN, problem.evaluate_experts(), {})
     for name, merge in (WITHOUT_BASE if problem.base is None else WITH_BASE).items():
         if wanted is None or name in wanted:
@@ -123,7 +124,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--contestants",
-        choices=[*WITH_BASE, *WITHOUT_BASE, *from_data.FROM_DATA],
+        choices=[GEOMETRY, BASE, OWN, *WITH_BASE, *WITHOUT_BASE, *from_data.FROM_DATA],
         nargs="+",
         metavar="CONTESTANT",
     )
