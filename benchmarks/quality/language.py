@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import train as demo
 from cache import cached
-from from_data import diagonal_fisher, input_grams, windows_of
+from from_data import diagonal_fisher, input_grams, windows_of_own
 from problem import Data, Expert, Metrics, Problem, State
 from texts import KINDS, load
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,7 +68,8 @@ def problems(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator[Pr
         ]
         case = {"seed": seed, "parameters": model.num_parameters(), "N": len(experts)}
         case["expert_steps"] = sizes.expert_steps
-        data = Data(partial(_grams, model, streams, seed), partial(_fisher, model, streams, seed))
+        seen = partial(windows_of_own, streams, demo.SETTINGS["context"], seed)
+        data = Data(partial(_grams, model, seen), partial(_fisher, model, seen), seen)
         yield Problem(section, case, base, experts, partial(judge, model, windows), data)
 
 
@@ -98,20 +99,18 @@ def _train_expert(base: State, sizes: Sizes, kind: str, stream: torch.Tensor) ->
 
 
 def _grams(
-    model: LlamaForCausalLM, streams: dict[str, torch.Tensor], seed: int, own: Expert, count: int
+    model: LlamaForCausalLM, seen: Callable[[Expert, int], torch.Tensor], own: Expert, count: int
 ) -> State:
     load_state(model, own.state)
     model.eval()
-    seen = windows_of(streams[own.task], demo.SETTINGS["context"], count, seed)
-    return input_grams(model, lambda: model(input_ids=seen))
+    return input_grams(model, lambda: model(input_ids=seen(own, count)))
 
 
 def _fisher(
-    model: LlamaForCausalLM, streams: dict[str, torch.Tensor], seed: int, own: Expert, count: int
+    model: LlamaForCausalLM, seen: Callable[[Expert, int], torch.Tensor], own: Expert, count: int
 ) -> State:
     load_state(model, own.state)
-    seen = windows_of(streams[own.task], demo.SETTINGS["context"], count, seed)
-    return diagonal_fisher(model, map(Batch, seen.split(_BATCH)))
+    return diagonal_fisher(model, map(Batch, seen(own, count).split(_BATCH)))
 
 
 def state_of(model: LlamaForCausalLM) -> State:

@@ -26,11 +26,13 @@ class Data:
 
     A window is one of a text, as long as those of training, or 64 images. More windows contain the
     fewer. grams: the input Grams of its linear layers, by the names of their weights. fisher: the
-    diagonal Fisher information of all weights, a window of a text or an image at a time.
+    diagonal Fisher information of all weights, a window of a text or an image at a time. tokens:
+    those of the windows themselves.
     """
 
     grams: Callable[[Expert, int], State]
     fisher: Callable[[Expert, int], State] | None = None
+    tokens: Callable[[Expert, int], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from cache import cached
-from from_data import input_grams, windows_of
+from from_data import input_grams, windows_of_own
 from problem import Data, Expert, Metrics, Problem, State
 from texts import KINDS, load
 from tqdm import tqdm
@@ -71,7 +71,8 @@ def problems(
         ]
         case = {"seed": seed, "parameters": model.num_parameters(), "N": len(experts)}
         case["expert_steps"] = sizes.expert_steps
-        data = Data(partial(grams, model, streams, seed))
+        seen = partial(windows_of_own, streams, CONTEXT, seed)
+        data = Data(partial(grams, model, seen), tokens=seen)
         yield Problem(section, case, base, experts, judge, data)
 
 
@@ -138,14 +139,12 @@ def fit(
 
 
 def grams(
-    model: PreTrainedModel, streams: dict[str, torch.Tensor], seed: int, own: Expert, count: int
+    model: PreTrainedModel, seen: Callable[[Expert, int], torch.Tensor], own: Expert, count: int
 ) -> State:
     """The input Grams of an expert over some windows of its own stream."""
     load_state(model, own.state)
     model.eval()
-    seen = windows_of(streams[own.task], CONTEXT, count, seed)
-    # The body alone: the head is merged with the embedding.
-    return input_grams(model, lambda: [model.model(input_ids=some) for some in seen.split(4)])
+    return input_grams(model, lambda: [model(input_ids=some) for some in seen(own, count).split(4)])
 
 
 def state_of(model: PreTrainedModel) -> State:
