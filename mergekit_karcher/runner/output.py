@@ -62,11 +62,12 @@ def in_use(out: Path) -> Iterator[Path]:
 
     Yields:
         The working folder. It stays for the next run unless `publish` has moved all that is in it.
+        An output folder that this has made goes again if nothing came of the merge.
 
     Raises:
         KarcherError: If another run has it, or it cannot be written to.
     """
-    work = out / WORK
+    work, is_new = out / WORK, not out.exists()
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work / _LOCK)
@@ -86,6 +87,8 @@ def in_use(out: Path) -> Iterator[Path]:
         lock.release()
         if not any(path.name != _LOCK for path in work.iterdir()):
             shutil.rmtree(work)
+            if is_new and not any(out.iterdir()):
+                out.rmdir()
 
 
 def doing(unit: str, work: Path) -> FileLock:
