@@ -118,6 +118,36 @@ def test_changes_are_metrics_without_data(shape, ridge):
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
+def low_rank_changes(base, rank):
+    rng = np.random.default_rng(rank)
+    outputs, inputs = base.shape
+    ups, downs = rng.standard_normal((3, outputs, rank)), rng.standard_normal((3, rank, inputs))
+    return base + 0.1 * ups @ downs
+
+
+@pytest.mark.parametrize("shape", [(300, 290), (70, 230)])
+def test_the_ridge_of_changes_of_low_rank_is_a_part_of_the_eigenvalues_that_are_there(shape):
+    """Of 3 changes of rank 1, 3 eigenvalues are there, and their mean, weighted by themselves."""
+    base = np.random.default_rng(2).standard_normal(shape)
+    layers, weights = low_rank_changes(base, 1), [1.0, 2.0, 0.5]
+    grams = of_changes(layers, base)
+    eigenvalues = np.linalg.eigvalsh(np.tensordot(weights, grams, 1))[-3:]
+    mean = (eigenvalues**2).sum() / eigenvalues.sum()
+    w = merged(layers, "self", weights, base=torch.as_tensor(base))
+    pulled = linear(layers, weights)
+    slope = sum(k * (w - layer) @ a for k, layer, a in zip(weights, layers, grams, strict=True))
+    np.testing.assert_allclose(slope, 0.3 * mean * (pulled - w), rtol=1e-8, atol=1e-10)
+
+
+def test_changes_of_low_rank_are_counted_and_others_are_not():
+    base = np.random.default_rng(2).standard_normal((300, 290))
+    changed = np.random.default_rng(3).standard_normal((3, *base.shape))
+    for layers, low_rank in ((low_rank_changes(base, 1), 1), (base + changed, 0)):
+        tensors = [torch.as_tensor(layer) for layer in layers]
+        inputs = checked_inputs("w", tensors, base=torch.as_tensor(base))
+        assert matrix_mean(inputs, 0.3).low_rank == low_rank
+
+
 def test_changes_of_orthogonal_inputs_are_added():
     """Two tasks that saw different inputs: the answer for each is its own layer on its inputs."""
     base = np.random.default_rng(3).standard_normal((6, 8))

@@ -225,6 +225,8 @@ class FisherMerge(_InMemory):
             result = tensor.rows.from_layers(mean.tensor, shape)
             if mean.unsolved:
                 tensor.run.note("could not be solved, the linear mean instead", inputs.name)
+            if mean.low_rank:
+                tensor.run.note("changes of low rank, such as a LoRA's", inputs.name)
         tensor.run.record(inputs.name, None, len(tensor.group.entries))
         return result
 
