@@ -54,6 +54,8 @@ MIXED = "three optimizers"
 RATES = {"AdamW": 1e-3, "SGD": 0.15, "Muon": 4e-3}
 EXAMPLES, WINDOW, BATCH = 500, 64, 10
 SMOLLM, SMOLLM_EXAMPLES = "SmolLM2-135M", 48
+# Bits per byte beyond linear's, in the chart.
+_WORST_SHOWN = 0.25
 # Merges that need the base and no data, as in quality/run.py.
 FROM_WEIGHTS = [
     LINEAR,
@@ -433,6 +435,8 @@ def chart(rows: Sequence[Row], path: Path) -> None:
             capsize=3,
         )
         axes.axvline(0, color="grey", linewidth=1)
+        # Long scales of task arithmetic are so bad that nothing else could be told apart.
+        axes.set_xlim(right=min(axes.get_xlim()[1], _WORST_SHOWN))
         axes.set_title(experts)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel("bits per byte, minus linear's\n(less is better)")
