@@ -65,13 +65,6 @@ def _demo_network(_cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return model, tokenizer
 
 
-def _smollm_network(cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = smollm.pretrained(cache)
-    # The weights are no longer those of the 4-bit file.
-    del model.config.quantization_config
-    return model, tokenizer
-
-
 SETS = {
     "demo": Set(
         partial(language.problems, language.Sizes(), "demo"),
@@ -83,7 +76,7 @@ SETS = {
     ),
     "SmolLM2-135M": Set(
         partial(smollm.problems, smollm.Sizes(), "SmolLM2-135M"),
-        _smollm_network,
+        smollm.pretrained,
         smollm.load_state,
         length=128,
         windows=8,

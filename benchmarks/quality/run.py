@@ -114,7 +114,7 @@ def _rounded(value: Any) -> Any:
 
 
 def main() -> None:
-    """Run the sets that were asked for, and write after each."""
+    """Run the sets that were asked for, and write after each problem."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works")
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -135,17 +135,17 @@ def main() -> None:
     rows: list[Row] = json.loads(path.read_text()) if path and path.is_file() else []
     makes = sets(options.quick)
     for name in options.only or makes:
-        fresh = []
+        fresh: list[Row] = []
+        again = options.contestants or {r["contestant"] for r in rows}
+        kept = [r for r in rows if r["section"] != name or r["contestant"] not in again]
         for problem in makes[name](1 if options.quick else options.seeds, options.cache):
             print(name, dict(problem.case), file=sys.stderr)
             for found in measure(problem, options.contestants):
                 found["versions"] |= {"transformers": version("transformers")}
                 fresh.append(found)
-        again = options.contestants or {r["contestant"] for r in rows}
-        rows = [r for r in rows if r["section"] != name or r["contestant"] not in again] + fresh
-        rows.sort(key=lambda r: list(makes).index(r["section"]))
-        if path:
-            write(rows, path)
+            rows = sorted([*kept, *fresh], key=lambda r: list(makes).index(r["section"]))
+            if path:
+                write(rows, path)
     print(markdown(rows))
 
 
