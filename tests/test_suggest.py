@@ -20,12 +20,15 @@ SUGGESTED = {
     "of another base": ("karcher", None, False, "without that base"),
     "hardly changed": ("karcher", None, False, "rounding error"),
     "crowded": ("linear", None, False, "more than their network holds"),
+    "even": ("linear", None, False, "No merge without data"),
 }
 # How long the changes of some of them are, beside the base; of the others 0.05.
 CHANGES = {"crowded": 0.8, "hardly changed": 1e-6}
+# Those that take all inputs of a layer alike; of the others most of the change is in a few.
+EVEN = ("crowded", "even")
 
 
-def model(folder, share=0.0, seed=0, origin=0):
+def model(folder, share=0.0, seed=0, origin=0, even=False):
     """A model whose matrices have changed at random by that share of their size.
 
     Norms, which are a large part of such small models, are made short.
@@ -37,6 +40,9 @@ def model(folder, share=0.0, seed=0, origin=0):
         for name, tensor in tensors.items():
             values = tensor.float()
             noise = torch.randn(values.shape, generator=generator)
+            if not even:
+                noise *= 0.6 ** torch.arange(values.shape[-1])
+                noise /= noise.square().mean().sqrt()
             values = values / 100 if values.ndim < 2 else values + share * values.std() * noise
             tensors[name] = values.to(tensor.dtype)
         save_file(tensors, path, metadata={"format": "pt"})
@@ -48,7 +54,7 @@ def models_of(kind, folder):
     share, seeds = CHANGES.get(kind, 0.05), (1, 2, 3)
     origins = seeds if kind == "unrelated" else (0, 0, 0)
     models = [
-        model(folder / f"m{seed}", share, seed, origin)
+        model(folder / f"m{seed}", share, seed, origin, kind in EVEN)
         for seed, origin in zip(seeds, origins, strict=True)
     ]
     if kind in ("unrelated", "without a base"):
@@ -94,6 +100,14 @@ def test_a_report_ends_with_the_same_suggestion(tmp_path, cli):
     sentence = suggested[suggested.index("Suggestion: ") :]
     assert sentence in shown
     assert sentence in " ".join((tmp_path / "geometry" / "report.md").read_text().split())
+
+
+def test_a_model_that_changed_all_inputs_alike_is_named(tmp_path, cli):
+    models = [model(tmp_path / "some", 0.05, 1), model(tmp_path / "all", 0.05, 2, even=True)]
+    config = config_for(models, base=model(tmp_path / "base"), merge_method="fisher")
+    config["parameters"] = {"metric": "self"}
+    shown = " ".join(cli("report", config=config).output.split())
+    assert "But the changes of all take up to" in shown
 
 
 def test_misuse_is_one_sentence(tmp_path):

@@ -51,9 +51,8 @@ def fisher_mean(
             so that where no model is sure of anything all count alike. Entries of real metrics
             reach 1e-24; an absolute floor would drown them. Elements where all metrics and the
             floor are zero get the weighted linear mean.
-        ridge: Of matrix metrics, how strongly the mean is drawn to the weighted linear mean: a
-            fraction of the mean eigenvalue of sum_k w_k A_k (of those that are there, in changes
-            of low rank). What cannot be solved is that mean.
+        ridge: Of matrix metrics, how strongly the mean is drawn to the weighted linear mean, which
+            what cannot be solved is: a fraction of their mean eigenvalue, as `matrix_mean` has it.
         labels: The models, for messages.
         name: The tensor, for messages.
 

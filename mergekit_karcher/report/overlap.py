@@ -12,7 +12,7 @@ from mergekit_karcher.sphere.unit_vectors import normalised
 
 
 def of_inputs(products: Floats | None, shares: Floats, without: Sequence[int]) -> dict[str, Any]:
-    """`Tensor.input_overlap` and `Tensor.inputs_in_use` of one tensor.
+    """`Tensor.input_overlap`, `inputs_in_use` and `inputs_of_each` of one tensor.
 
     Arguments:
         products: Of N models, as `Observation.input_products`.
@@ -20,7 +20,7 @@ def of_inputs(products: Floats | None, shares: Floats, without: Sequence[int]) -
         without: The places of models that do not count.
 
     Returns:
-        Both, by name; empty where no two models are known to have changed the tensor.
+        All, by name; empty where no two models are known to have changed the tensor.
     """
     if products is None:
         return {}
@@ -29,6 +29,10 @@ def of_inputs(products: Floats | None, shares: Floats, without: Sequence[int]) -
     places = np.flatnonzero(counted)
     if len(places) < 2:
         return {}
+    of_each = [
+        min(float(1 / product), 1.0) if known else None
+        for product, known in zip(np.diagonal(products), counted, strict=True)
+    ]
     products, weights = products[np.ix_(places, places)], normalised(shares[places])
     lengths = np.sqrt(np.diagonal(products))
     pairs = np.tril(np.outer(weights, weights), -1)
@@ -37,4 +41,5 @@ def of_inputs(products: Floats | None, shares: Floats, without: Sequence[int]) -
     return {
         "input_overlap": min(float(overlap), 1.0),
         "inputs_in_use": min(float(in_use), 1.0),
+        "inputs_of_each": of_each,
     }

@@ -103,7 +103,8 @@ class Tensor(_Part):
     input_overlap: how much the inputs overlap that models changed the treatment of: the cosine
         between the metrics t_k' t_k, t_k = W_k - base, on average over every two models.
     inputs_in_use: the part of all directions of its input that all changes together take, 1 over
-        in tr(A^2) with A the weighted mean of t_k' t_k / |t_k|^2. Both are null without a base, and
+        in tr(A^2) with A the weighted mean of t_k' t_k / |t_k|^2.
+    inputs_of_each: the same of each model's change alone. All three are null without a base, and
         for what is no linear layer; models whose whole difference from the base is noise do not
         count.
     """
@@ -129,6 +130,7 @@ class Tensor(_Part):
     shares: Vector | None = None
     input_overlap: float | None = None
     inputs_in_use: float | None = None
+    inputs_of_each: Vector | None = None
 
     @property
     def size(self) -> int:

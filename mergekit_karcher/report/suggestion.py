@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from mergekit_karcher.report.schema import Report
-from mergekit_karcher.report.verdict import are_unrelated, is_crowded, strangers
+from mergekit_karcher.report.verdict import (
+    are_unrelated,
+    evenly_changed,
+    is_crowded,
+    strangers,
+)
 
 
 class Suggestion(NamedTuple):
@@ -53,21 +58,28 @@ def suggestion_of(report: Report) -> Suggestion:
             "base by more than the rounding error of their files."
         )
     if is_crowded(report):
-        return Suggestion(
+        return _linear(
             "Suggestion: linear. No merge that we measured was better for models that ask for more "
-            "than their network holds.",
-            {"merge_method": "linear"},
-            {"weight": 1.0},
-            around_base=False,
+            "than their network holds."
+        )
+    if evenly_changed(report):
+        return _linear(
+            "Suggestion: linear. No merge without data that we measured was better by more than "
+            "0.01 bits per byte for models like these. If you have some of their training data, "
+            "merge_method: fisher in metrics from it was."
         )
     return Suggestion(
         "Suggestion: merge_method: fisher with metric: self, which needs no data and was better "
         "than linear and than task arithmetic at its best scale in nearly every set of fine-tunes "
-        "that we measured.",
+        "like these that we measured.",
         {"merge_method": "fisher"},
         {"weight": 1.0, "metric": "self"},
         around_base=True,
     )
+
+
+def _linear(sentence: str) -> Suggestion:
+    return Suggestion(sentence, {"merge_method": "linear"}, {"weight": 1.0}, around_base=False)
 
 
 def _around_zero(sentence: str, **parameters: str) -> Suggestion:
