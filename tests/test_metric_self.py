@@ -66,7 +66,7 @@ def expected_of(module, name, tensors, base, *, is_tied):
     return solved(flat, base.flatten(1), WEIGHTS).view(base.shape)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES.keys() - UNPLANNED)
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - UNPLANNED))
 def test_each_parameter_by_the_kind_of_its_module(architecture, merge, tmp_path):
     base, *paths = (
         write(architecture, tmp_path / str(seed), seed, torch.float32) for seed in range(4)
