@@ -14,8 +14,17 @@ from summary import BETTER, Group, groups
 
 _OURS = "karcher model, base"
 _LANGUAGE = "bits per byte"
-# What the chart of language models leaves to the tables: marks, and what nearly equals another.
-_LEFT_OUT = (BASE, "own expert", "geometry", LINEAR, "built-in karcher", "unit rows", "dare_ties")
+# What the chart of language models shows beside the best task arithmetic.
+_SHOWN = (
+    "karcher tensor, base",
+    "karcher row, base",
+    "karcher row, base, linear length",
+    "self, ridge 0.3",
+    "input Grams, 16 windows, ridge 0.1",
+    "TSV-M",
+    "Iso-C",
+    "ties",
+)
 _COLUMNS = 3
 _WIDTH, _HEIGHT = 5.0, 4.0
 
@@ -31,9 +40,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     mpl.use("Agg")
     lines = -(-len(panels) // _COLUMNS)
     figure = pyplot.figure(
-        figsize=(_WIDTH * _COLUMNS, _HEIGHT * (lines + 1.2)), layout="constrained"
+        figsize=(_WIDTH * _COLUMNS, _HEIGHT * (lines + 1.6)), layout="constrained"
     )
-    grid = figure.add_gridspec(lines + 1, _COLUMNS, height_ratios=[1.2] + [1] * lines)
+    grid = figure.add_gridspec(lines + 1, _COLUMNS, height_ratios=[1.6] + [1] * lines)
     if language:
         _points(figure.add_subplot(grid[0, :]), language)
     for index, (title, found) in enumerate(panels.items()):
@@ -45,26 +54,23 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def _points(axes: Axes, found: Sequence[Group]) -> None:
     lambdas = [f"{TASK_ARITHMETIC} {value}" for value in LAMBDAS]
-    names = [
-        name
-        for name in found[0].results
-        if name not in lambdas
-        and not name.startswith(_LEFT_OUT)
-        and all(name in group.results for group in found)
-    ]
-    rows = [*names, f"best {TASK_ARITHMETIC}"]
+    rows = [*_SHOWN, f"best {TASK_ARITHMETIC}"]
     for number, group in enumerate(found):
         best = min(lambdas, key=lambda name: group.estimate(name, "mean", _LANGUAGE).mean)
-        estimates = [group.minus_linear(name, "mean", _LANGUAGE) for name in [*names, best]]
+        measured = [
+            (place, group.minus_linear(name, "mean", _LANGUAGE))
+            for place, name in enumerate([*_SHOWN, best])
+            if name in group.results
+        ]
         # Side by side, lest the error bars of one hide the others.
-        places = [place + 0.18 * (number - (len(found) - 1) / 2) for place in range(len(rows))]
+        aside = 0.13 * (number - (len(found) - 1) / 2)
         axes.errorbar(
-            [estimate.mean for estimate in estimates],
-            places,
-            xerr=[estimate.error for estimate in estimates],
+            [estimate.mean for _, estimate in measured],
+            [place + aside for place, _ in measured],
+            xerr=[estimate.error for _, estimate in measured],
             fmt="o",
             capsize=3,
-            label=f"{group.section}, {group.case['parameters'] / 1e6:.3g}e6 parameters",
+            label=f"{group.section}, N = {group.case['N']}",
         )
     axes.axvline(0, color="grey", linewidth=1)
     axes.set_yticks(range(len(rows)), rows)
