@@ -259,6 +259,8 @@ def test_what_is_done_is_verified_and_not_merged_again(merging, undisturbed):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_with_a_sentence(merging, number, undisturbed):
     def prepare():
+        # As in a terminal: what a shell starts in the background ignores it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         save = work._save
 
         def slowly(*arguments):
