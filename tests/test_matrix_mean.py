@@ -259,6 +259,13 @@ def test_no_metric_anywhere_is_the_linear_mean(caplog):
     assert "The metrics of w are zero in every model" in caplog.text
 
 
+@pytest.mark.parametrize("scale", [1e-180, 1e180])
+def test_grams_too_small_or_too_large_to_square(scale):
+    layers, grams, weights = random_layers(27)
+    found = merged(layers, grams * scale, weights)
+    np.testing.assert_allclose(found, merged(layers, grams, weights), rtol=1e-9)
+
+
 def test_what_cannot_be_solved_is_the_linear_mean_and_counted(caplog):
     layers, _, weights = random_layers(15)
     flat = np.zeros((3, IN, IN))

@@ -177,9 +177,7 @@ def _compared(config: Path, folder: Path) -> str:
         merge
         for merge in comparison.merges
         if merge.config is not None
-        and all(
-            merge.config.get(key) == document.get(key) for key in ("merge_method", "parameters")
-        )
+        and all(merge.config.get(key) == document.get(key) for key in _OF_A_METHOD)
     ]
     if not same:
         raise KarcherError(

@@ -223,8 +223,10 @@ def _by_factors(
 def _mean_eigenvalue(summed: torch.Tensor, inputs: int, least: float) -> tuple[float, bool]:
     """That of S, or over the directions that it takes if they are fewer than least; and which."""
     trace = float(summed.trace())
-    taken = (trace / float(summed.norm())) ** 2
-    return (trace / taken, True) if taken < least else (trace / inputs, False)
+    # Given Grams, for which least is 0, may be too small or too large to square.
+    if least > 0 and (taken := (trace / float(summed.norm())) ** 2) < least:
+        return trace / taken, True
+    return trace / inputs, False
 
 
 def _solved(pull: torch.Tensor, summed: torch.Tensor, level: float) -> torch.Tensor | None:

@@ -307,9 +307,8 @@ def _inputs(report: Report) -> list[str]:
         sentences.append(
             f"But the changes are {plain(long)} times as long as the base and take "
             f"{_percent(kind.inputs_in_use_average)} of the inputs of {kind.kind}: the models may "
-            "ask for more than "
-            "the network holds. Where that was so, no merge that we measured was better than "
-            "linear."
+            "ask for more than the network holds. Where that was so, no merge that we measured was "
+            "better than linear."
         )
     return sentences
 
