@@ -106,7 +106,7 @@ def _matrix(report: Report, matrix: Matrix) -> Figure:
     apart = ~np.eye(len(names), dtype=bool) & np.isfinite(degrees)
     hover = [
         [
-            f"{as_label(first)}<br>{as_label(second)}<br>{_amount(degrees[row, column], 'degrees')}"
+            f"{as_label(first)}<br>{as_label(second)}<br>{_amount(degrees[row, column], DEGREES)}"
             if apart[row, column]
             else ""
             for column, second in enumerate(names)
