@@ -17,7 +17,7 @@ from mergekit_karcher import fisher_mean, karcher_mean
 from mergekit_karcher.kernels.chords import squared_chord
 from mergekit_karcher.kernels.chunks import walk, working_device
 from mergekit_karcher.kernels.combine import combine
-from mergekit_karcher.kernels.gram import grams
+from mergekit_karcher.kernels.gram import Precision, grams
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -63,8 +63,8 @@ def test_gram_and_combine_equal_the_plain_formulas(layout, dtype):
     tensors = [(LAYOUTS[layout] + shift).to(dtype) for shift in (0, 0.25, -1.5)]
     tensors[0] = LAYOUTS[layout].to(dtype)  # the layout itself; sums above are contiguous
     before = [tensor.clone() for tensor in tensors]
-    for exact in (False, True):
-        (matrix,), (exponents,) = grams(tensors, exact=exact)
+    for precision in (Precision.DOUBLE, Precision.EXACT):
+        (matrix,), (exponents,) = grams(tensors, precision=precision)
         matrix = np.ldexp(matrix, exponents[:, None] + exponents)
         np.testing.assert_allclose(matrix, expected_gram(tensors), rtol=1e-14, atol=1e-14)
 
@@ -91,14 +91,14 @@ def test_rows_and_differences_equal_the_plain_formulas(layout, dtype, based):
     origin = base.double() if based else torch.zeros(tensors[0].shape, dtype=torch.float64)
     wide = [tensor.double() - origin for tensor in tensors]
     rows = len(origin)
-    for exact in (False, True):
-        matrices, exponents = grams(tensors, base=base, by_row=True, exact=exact)
+    for precision in (Precision.DOUBLE, Precision.EXACT):
+        matrices, exponents = grams(tensors, base=base, by_row=True, precision=precision)
         assert matrices.shape == (rows, 3, 3)
         matrices = np.ldexp(matrices, exponents[:, :, None] + exponents[:, None, :])
         for row in range(rows):
             expected = expected_gram([tensor[row] for tensor in wide])
             np.testing.assert_allclose(matrices[row], expected, rtol=1e-13, atol=1e-13)
-        (whole,), (powers,) = grams(tensors, base=base, exact=exact)
+        (whole,), (powers,) = grams(tensors, base=base, precision=precision)
         whole = np.ldexp(whole, powers[:, None] + powers)
         np.testing.assert_allclose(whole, expected_gram(wide), rtol=1e-13, atol=1e-13)
 
@@ -123,7 +123,7 @@ def test_gram_is_better_than_float64(dtype, monkeypatch):
     monkeypatch.setattr("mergekit_karcher.kernels.gram._SUM_ELEMENTS", 4)
     generator = torch.Generator().manual_seed(0)
     tensors = list(torch.randn(2, 9001, generator=generator, dtype=torch.float64).to(dtype))
-    (matrix,), (exponents,) = grams(tensors, exact=True)
+    (matrix,), (exponents,) = grams(tensors, precision=Precision.EXACT)
     rows = [[Fraction(v) for v in tensor.tolist()] for tensor in tensors]
     for i, j in ((0, 0), (0, 1), (1, 1)):
         exact = sum(a * b for a, b in zip(rows[i], rows[j], strict=True))

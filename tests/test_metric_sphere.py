@@ -183,9 +183,9 @@ def test_gradients(based, granularity, scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("precision", [gram.Precision.DOUBLE, gram.Precision.EXACT])
 @pytest.mark.parametrize("by_row", [False, True])
-def test_inner_products_over_pieces_and_strides(dtype, exact, by_row, monkeypatch):
+def test_inner_products_over_pieces_and_strides(dtype, precision, by_row, monkeypatch):
     monkeypatch.setattr(gram, "CHUNK_ELEMENTS", 500)
     generator = torch.Generator().manual_seed(9)
     tensors = [torch.randn(30, 41, generator=generator).to(dtype) for _ in range(3)]
@@ -194,7 +194,7 @@ def test_inner_products_over_pieces_and_strides(dtype, exact, by_row, monkeypatc
     inputs = checked_inputs("w", tensors, ["a", "b", "c"], [1, 2, 3], metrics=metrics)
     metric = inputs.sharing_a_metric(0.1).shared_metric
     found, exponents = gram.grams(
-        tensors, base=base, with_base=True, metric=metric, by_row=by_row, exact=exact
+        tensors, base=base, with_base=True, metric=metric, by_row=by_row, precision=precision
     )
     g = sum(
         w / 3 * (m.double() + 0.1 * m.double().mean())

@@ -8,7 +8,7 @@ import torch
 from inputs import ambient_mean, cap
 from wide import WIDE, angle, norm
 
-from mergekit_karcher.kernels.gram import grams
+from mergekit_karcher.kernels.gram import Precision, grams
 from mergekit_karcher.means.inputs import checked_inputs
 from mergekit_karcher.means.products import products_of
 from mergekit_karcher.report.observation import observed
@@ -25,7 +25,7 @@ def angles(vectors):
 
 
 def sphere(vectors):
-    (gram,), (exponents,) = grams([torch.as_tensor(v) for v in vectors], exact=True)
+    (gram,), (exponents,) = grams([torch.as_tensor(v) for v in vectors], precision=Precision.EXACT)
     return geometry_of_gram(gram, exponents)
 
 

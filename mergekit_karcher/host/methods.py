@@ -8,6 +8,7 @@ and has neither metrics nor a summary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from mergekit_karcher.means.fisher import precision_weighted, shares_of
 from mergekit_karcher.means.input_gram import InputGram
 from mergekit_karcher.means.inputs import Inputs
 from mergekit_karcher.means.matrix_mean import matrix_mean
-from mergekit_karcher.means.products import Products, needs_exact, products_of
+from mergekit_karcher.means.precision import starting_precision
+from mergekit_karcher.means.products import Products, products_of
 from mergekit_karcher.means.result import KarcherMean
 from mergekit_karcher.means.solve import Solution, combined, solve
 from mergekit_karcher.sphere.pairwise import geometry_of_gram
@@ -127,7 +129,8 @@ class KarcherMerge(_InMemory):
                     "merges in a way that mergekit-karcher does not know: upgrade "
                     "mergekit-karcher, or take granularity: tensor."
                 )
-            settings = settings_of(tensor.parameters)
+            # A report tells of coefficients, and of angles however small.
+            settings = replace(settings_of(tensor.parameters), for_output=not run.watched)
             result, solution = merge(inputs, settings, with_base=run.watched, saved_as=saved_as)
             self._observe(tensor, inputs, solution)
         else:
@@ -144,7 +147,8 @@ class KarcherMerge(_InMemory):
     def products(self, tensor: TensorToMerge) -> Products:
         """One tensor's part of the inner products of the models that have a weight."""
         inputs, watched = self._inputs(tensor), tensor.run.watched
-        products = products_of(inputs, with_base=watched, exact=needs_exact(inputs.tensors))
+        precision = starting_precision(inputs)
+        products = products_of(inputs, with_base=watched, precision=precision)
         compare(tensor, inputs, products)
         return products.of(slice(len(inputs.tensors)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ from mergekit_karcher.kernels.chunks import Piece, rows_of, working_device
 from mergekit_karcher.kernels.shared_metric import SharedMetric
 from mergekit_karcher.kernels.streaming import Tensors, stream
 
-# float64 elements that a thread holds, of all N tensors together. Measured on 2 cores from 2^16
-# to 2^20: less pays for the calls, more falls out of the cache.
+# float64 elements that a thread holds of all N tensors together, or twice as many float32. Measured
+# on 2 cores from 2^16 to 2^20: less pays for the calls, more falls out of the cache.
 CHUNK_ELEMENTS = 1 << 19
 
 # Elements that one matrix product sums; short sums round less.
 _SUM_ELEMENTS = 4096
+_SINGLE_SUM_ELEMENTS = 512
 
 # Columns of the Gram matrix that one matrix product makes. Measured for N = 3 to 32 on 2 cores.
 _STRIP = 4
@@ -34,6 +36,30 @@ _LARGEST_EXPONENT = 1000
 
 _WIDE = (torch.float32, torch.float64)
 
+_SINGLE_EPS = 2.0**-24
+
+
+class Precision(enum.Enum):
+    """What the inner products of a pass are made in.
+
+    SINGLE: float32, for inputs of 16 bits: <x, y> is off by at most SINGLE_ERROR |x| |y|. Products
+    beyond its range become infinite or zero.
+    DOUBLE: float64; products of 16-bit and float32 values are exact, so only their sum rounds.
+    EXACT: float32 and float64 values and differences are split into a leading part, whose products
+    sum exactly, and a small rest: for about twice the time better than float64, but that the roots
+    of a metric round once.
+    """
+
+    SINGLE = "single"
+    DOUBLE = "double"
+    EXACT = "exact"
+
+
+# A sum of n products in any order, of values that were rounded once, to a product that is (Higham
+# 2002, section 3.1): gamma_(n + 2) |x| |y|, with gamma_m = m u / (1 - m u). Sums of sums are in
+# float64, and by Cauchy and Schwarz the |x| |y| of parts add up to no more than those of the whole.
+SINGLE_ERROR = (_SINGLE_SUM_ELEMENTS + 2) * _SINGLE_EPS * (1 + 1e-4)
+
 
 def grams(
     tensors: Sequence[torch.Tensor],
@@ -42,7 +68,7 @@ def grams(
     with_base: bool = False,
     metric: SharedMetric | None = None,
     by_row: bool = False,
-    exact: bool = False,
+    precision: Precision = Precision.DOUBLE,
 ) -> tuple[NDArray[np.longdouble], NDArray[np.int64]]:
     """G (R, N, N) and exponents e (R, N), with <W_ri, W_rj> = G_rij 2^(e_ri + e_rj), on the host.
 
@@ -52,11 +78,8 @@ def grams(
     the squares of float64 inputs representable; without them and a metric e is 0. A value that is
     not finite makes its vector's diagonal entry NaN or infinite.
 
-    Products of 16-bit and float32 values are exact in float64, so only their sum rounds, to a few
-    units of float64 or less. exact splits float32 and float64 values and differences into a leading
-    part, whose products sum exactly, and a small rest: for about twice the time G is then better
-    than float64, but that the roots of a metric round once. Scratch: for each thread CHUNK_ELEMENTS
-    float64 values and 2 R N N. One transfer to the host, at the end.
+    SINGLE is for 16-bit tensors without a metric. Scratch: for each thread CHUNK_ELEMENTS float64
+    values, or as many bytes of float32, and 2 R N N. One transfer to the host, at the end.
     """
     read = [*tensors, *(() if base is None else (base,))]
     count = len(read) if with_base else len(tensors)
@@ -64,7 +87,7 @@ def grams(
     if tensors[0].numel() == 0:
         return np.zeros((rows, count, count), np.longdouble), np.zeros((rows, count), np.int64)
     exponents = _exponents(read, rows, based=base is not None, by_row=by_row)[:, :count]
-    sums = _sums(read, exponents, metric, based=base is not None, by_row=by_row, exact=exact)
+    sums = _sums(read, exponents, metric, precision, based=base is not None, by_row=by_row)
     flat = torch.cat([sums.flatten(), exponents.flatten()]).cpu().numpy()
     lower = np.tril(flat[: sums.numel()].reshape(sums.shape).astype(np.longdouble).sum((0, 1)))
     symmetric = lower + np.tril(lower, -1).transpose(0, 2, 1)
@@ -76,10 +99,10 @@ def _sums(
     read: Sequence[torch.Tensor],
     exponents: torch.Tensor,
     metric: SharedMetric | None,
+    precision: Precision,
     *,
     based: bool,
     by_row: bool,
-    exact: bool,
 ) -> torch.Tensor:
     """The lower triangles of the Gram matrices, (workers, 2, R, N, N), of vectors scaled by 2^-e.
 
@@ -87,11 +110,13 @@ def _sums(
     """
     rows, count = exponents.shape
     # Differences have more bits than what they are of.
-    split = exact and (based or any(tensor.dtype in _WIDE for tensor in read))
+    split = precision is Precision.EXACT and (based or any(one.dtype in _WIDE for one in read))
     scaled = any(tensor.dtype == torch.float64 for tensor in read)
     scales = torch.ldexp(torch.ones_like(exponents), -exponents) if scaled else None
-    size, room = read[0].numel(), CHUNK_ELEMENTS // (len(read) * (1 + split) + (metric is not None))
-    summed = min(_SUM_ELEMENTS, size, max(1, room))
+    single = precision is Precision.SINGLE
+    held = len(read) * (1 + split) + (metric is not None)
+    size, room = read[0].numel(), CHUNK_ELEMENTS * (1 + single) // held
+    summed = min(_SINGLE_SUM_ELEMENTS if single else _SUM_ELEMENTS, size, max(1, room))
     limit = min(max(1, room // summed), math.ceil(size / summed)) * summed  # in whole sums
     # Rows are padded to whole sums, by less than one element a sum.
     padded = limit + (limit // summed + 1 if by_row else 0)
@@ -101,6 +126,7 @@ def _sums(
         [*read, *(() if metric is None else metric.tensors)],
         limit,
         scratch=[(1 + split, len(read) * padded), (0 if metric is None else padded,)],
+        scratch_dtype=torch.float32 if single else torch.float64,
         sums=(2, rows, count, count),
         by_row=by_row,
     )
@@ -145,7 +171,7 @@ class _InnerProducts:
     def _fill(
         self, x: torch.Tensor, width: int, rows: slice, parts: Tensors, root: torch.Tensor
     ) -> None:
-        """Make x (N, rows, used) the vectors, in float64, the first width columns of it."""
+        """Make x (N, rows, used) the vectors, in its dtype, the first width columns of it."""
         shape, height = parts[0].shape, x.shape[1]
         # One call for all N: thousands of copies a tensor would pay for the calls.
         filled = [vector[:, :width].view(shape) for vector in x]
@@ -174,16 +200,17 @@ def _split(x: torch.Tensor, h: torch.Tensor) -> None:
 def _lower_products(left: torch.Tensor, right: torch.Tensor, times: int) -> torch.Tensor:
     """The lower triangles of left right' for two (N, R, used) arrays, (R, N, N), in that many sums.
 
-    In strips of columns, each from its diagonal down: less work, and what is above is not used.
+    In float64, whatever the dtype of the arrays is. In strips of columns, each from its diagonal
+    down: less work, and what is above is not used.
     """
     count, height = left.shape[:2]
-    result = left.new_zeros(height, count, count)
+    result = left.new_zeros(height, count, count, dtype=torch.float64)
     rows, columns = (side.view(count, height * times, -1).transpose(0, 1) for side in (left, right))
     for start in range(0, count, _STRIP):
         strip = columns[:, start : start + _STRIP].mT
         products = torch.bmm(rows[:, start:], strip)
         products = products.view(height, times, *products.shape[1:])
-        torch.sum(products, 1, out=result[:, start:, start : start + _STRIP])
+        torch.sum(products, 1, dtype=torch.float64, out=result[:, start:, start : start + _STRIP])
     return result
 
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from mergekit_karcher.kernels.gram import grams
+from mergekit_karcher.kernels.gram import Precision, grams
 from mergekit_karcher.means.finite import refuse_not_finite
 from mergekit_karcher.means.inputs import Inputs
 
@@ -38,12 +37,17 @@ class Products:
 
 
 def products_of(
-    inputs: Inputs, *, with_base: bool = False, by_row: bool = False, exact: bool = False
+    inputs: Inputs,
+    *,
+    with_base: bool = False,
+    by_row: bool = False,
+    precision: Precision = Precision.DOUBLE,
 ) -> Products:
     """The inner products of inputs, or of their differences from their base; one pass over them.
 
     In the shared metric if they have one; with_base adds the base, if there is one, as the last
-    vector; by_row and exact as for `grams`. Raises `KarcherError` if a value is not finite.
+    vector; by_row and precision as for `grams`. Raises `KarcherError` if a value is not finite; in
+    SINGLE, where it may only be too large, that is left to a pass in DOUBLE.
     """
     matrices, exponents = grams(
         inputs.tensors,
@@ -51,8 +55,10 @@ def products_of(
         with_base=with_base and inputs.base is not None,
         metric=inputs.shared_metric,
         by_row=by_row,
-        exact=exact,
+        precision=precision,
     )
+    if precision is Precision.SINGLE:
+        return Products(matrices, exponents)
     finite = np.isfinite(np.diagonal(matrices, axis1=1, axis2=2)).all(0)
     if not finite.all():
         refuse_not_finite(inputs, int(np.flatnonzero(~finite)[0]))
@@ -64,12 +70,3 @@ def total(parts: Sequence[Products]) -> Products:
     exponents = np.max([part.exponents for part in parts], axis=0)
     zeros = np.zeros(parts[0].grams.shape, np.longdouble)
     return Products(sum((part.scaled_to(exponents) for part in parts), zeros), exponents)
-
-
-def needs_exact(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the inner products of tensors must be exact at once.
-
-    float64 products always are. On an accelerator a second pass, at wide angles, would be a second
-    synchronisation.
-    """
-    return tensors[0].device.type != "cpu" or any(t.dtype == torch.float64 for t in tensors)

@@ -12,9 +12,17 @@ import torch
 
 from mergekit_karcher.errors import KarcherError
 from mergekit_karcher.kernels.combine import combine
+from mergekit_karcher.kernels.gram import Precision
 from mergekit_karcher.means.finite import check_result
 from mergekit_karcher.means.inputs import Inputs
-from mergekit_karcher.means.products import Products, needs_exact, products_of, total
+from mergekit_karcher.means.precision import (
+    double_suffices,
+    in_range,
+    single_is_worth_trying,
+    single_suffices,
+    starting_precision,
+)
+from mergekit_karcher.means.products import Products, products_of, total
 from mergekit_karcher.means.result import KarcherMean, over_rows
 from mergekit_karcher.sphere.magnitude import Magnitude
 from mergekit_karcher.sphere.results import SphereMeans
@@ -24,23 +32,22 @@ from mergekit_karcher.sphere.trig import Floats
 MAX_ITER = 100
 TOL = 1e-12
 
-# Above this angle to the mean (radians), rounding errors of a Gram matrix are amplified more than
-# 35 times, and float32 inputs on the CPU get an exact one after all. N orthogonal inputs are there
-# from N = 35 on.
-_WIDE_ANGLE = 1.4
-
 # Gram matrix elements of the rows that are solved together: about 20 MB with all that is derived.
 _ROW_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to take a mean; see `karcher_mean`. Raises `KarcherError` for a wrong max_iter or tol."""
+    """How to take a mean; see `karcher_mean`. Raises `KarcherError` for a wrong max_iter or tol.
+
+    for_output: the mean of one tensor need be no more exact than its output tensor shows.
+    """
 
     granularity: Literal["tensor", "row", "model"] = "tensor"
     magnitude: Magnitude = Magnitude.ARITHMETIC
     max_iter: int = MAX_ITER
     tol: float = TOL
+    for_output: bool = False
 
     def __post_init__(self) -> None:
         check_stopping(self.max_iter, self.tol)
@@ -93,7 +100,7 @@ def solve_whole(parts: Sequence[Inputs], settings: Settings) -> Solution:
     Parts are the inputs of each tensor, N with the same weights in each. A tensor that stands twice
     in a model, such as tied weights, must be here once.
     """
-    products = total([products_of(p, exact=needs_exact(p.tensors)) for p in parts])
+    products = total([products_of(p, precision=starting_precision(p)) for p in parts])
     return _solve_whole_products(products, parts[0].weights, settings)
 
 
@@ -154,15 +161,20 @@ def row_slices(inputs: Inputs, settings: Settings) -> list[slice]:
 def _solve_block(
     block: Inputs, settings: Settings, by_row: bool, with_base: bool
 ) -> tuple[Products, SphereMeans]:
-    exact = needs_exact(block.tensors)
-    single = any(tensor.dtype == torch.float32 for tensor in block.tensors)
+    if settings.for_output and not with_base and single_is_worth_trying(block):
+        products = products_of(block, by_row=by_row, precision=Precision.SINGLE)
+        if in_range(products, block.tensors[0].numel()):
+            means = _solve_products(products, block.weights, settings)
+            if single_suffices(products, means, block.dtype):
+                return products, means
+    precision = starting_precision(block)
     while True:
-        products = products_of(block, with_base=with_base, by_row=by_row, exact=exact)
+        products = products_of(block, with_base=with_base, by_row=by_row, precision=precision)
         vectors = products.of(slice(len(block.tensors)))
         means = _solve_products(vectors, block.weights, settings)
-        if exact or not single or not np.any(means.angles > _WIDE_ANGLE):
+        if precision is Precision.EXACT or double_suffices(block, means):
             return products, means
-        exact = True
+        precision = Precision.EXACT
 
 
 def _lengths(products: Products, coefficients: Floats) -> Floats:
