@@ -82,7 +82,7 @@ def test_float32_products_are_off_by_no_more_than_their_bound(dtype, based, by_r
 @pytest.mark.parametrize("magnitude", list(Magnitude))
 @pytest.mark.parametrize("radius", [1e-3, 0.1, 0.5, 0.955, 1.2])
 def test_coefficients_move_no_further_than_their_bound(magnitude, radius):
-    """Against means of Gram matrices that are off by the most, in random and in chosen signs."""
+    """To first order: the sum of what each entry moves them by, in the sign that is worst."""
     rng = np.random.default_rng(0)
     error, used = 1e-9, 0.0
     for size in (2, 3, 4, 8):
@@ -101,21 +101,15 @@ def test_coefficients_move_no_further_than_their_bound(magnitude, radius):
             before = mean(gram)
             assert before.statuses[0] is Status.CONVERGED
             (bound,) = coefficient_error(before.angles, error)
-            for turn in range(40):
-                signs = rng.choice([-1, 1], (count, count))
-                # All one way, and the models against each other, are the worst in some places.
-                if turn < 3:
-                    side = (np.ones(count), -np.ones(count), (-1.0) ** np.arange(count))[turn]
-                    signs = np.outer(side, side if turn else np.abs(side))
-                signs = np.tril(signs) + np.tril(signs, -1).T
-                if turn == 3:
-                    signs[np.diag_indices(count)] *= -1
-                after = mean(gram + error * signs * np.outer(lengths, lengths))
-                moved = np.abs(after.coefficients / before.coefficients - 1).max()
-                assert moved <= 1.001 * bound
-                used = max(used, moved / bound)
+            moved = np.zeros(count)
+            for place in zip(*np.tril_indices(count), strict=True):
+                change = np.zeros((count, count))
+                change[place] = change[place[::-1]] = error * lengths[[*place]].prod()
+                moved += np.abs(mean(gram + change).coefficients[0] / before.coefficients[0] - 1)
+            assert moved.max() <= 1.001 * bound
+            used = max(used, moved.max() / bound)
     # A bound that is far too large would be of no use, nor would one that nothing comes near.
-    assert used > (0.15 if radius < 0.9 else 0.015)
+    assert used > (0.15 if radius < 0.9 else 0.005)
 
 
 def test_no_bound_from_a_right_angle_on():
