@@ -10,13 +10,17 @@ from functools import partial
 
 import numpy as np
 import torch
-from contestants import DTYPES, LINEAR, OURS, linear, ours, random_group
+from contestants import DTYPES, LINEAR, OURS, linear, random_group
 from rows import Row, interleave, timed_rows
 
 from mergekit_karcher.kernels.combine import combine
-from mergekit_karcher.kernels.gram import grams
+from mergekit_karcher.kernels.gram import Precision, grams
+from mergekit_karcher.means.autograd import merge
+from mergekit_karcher.means.inputs import checked_inputs
+from mergekit_karcher.means.solve import Settings
 
 SUM, GRAM, COMBINE = "torch.sum", "Gram pass", "combining"
+DOUBLE_GRAM = "Gram pass in float64"
 CONVERSION = "conversion to float32 in the cache"
 
 # glibc's numbers of what mallopt sets, its defaults, and what keeps memory that was freed.
@@ -24,12 +28,17 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 65536}
 _KEEPS = {_TRIM_THRESHOLD: (1 << 31) - 1, _MMAP_MAX: 0}
 
+_PRECISIONS = {"bf16": Precision.SINGLE, "fp32": Precision.DOUBLE}
+
 # Values that are converted at once, about as many as a cache holds.
 _CHUNK = 1 << 16
 
 
 def passes(side: int, rounds: int) -> Iterator[Row]:
-    """Each pass alone, and both as a mean, with new pages for every result and with kept ones."""
+    """Each pass alone, and both as a merge, with new pages for every result and with kept ones.
+
+    The Gram pass of a merge is in float32 for 16-bit inputs.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -42,10 +51,11 @@ def passes(side: int, rounds: int) -> Iterator[Row]:
                         calls: dict[str, Callable[[], object]] = {
                             SUM: partial(_sums, group),
                             CONVERSION: partial(_convert, group),
-                            GRAM: partial(grams, group),
+                            GRAM: partial(grams, group, precision=_PRECISIONS[dtype]),
+                            DOUBLE_GRAM: partial(grams, group),
                             COMBINE: partial(combine, group, shares, DTYPES[dtype]),
                             LINEAR: partial(linear, group),
-                            OURS: partial(ours, group),
+                            OURS: partial(_merge, group),
                         }
                         timers = {name: partial(_seconds, call) for name, call in calls.items()}
                         seconds = interleave(timers, dict.fromkeys(timers, rounds))
@@ -79,6 +89,10 @@ def _seconds(call: Callable[[], object]) -> float:
     start = time.thread_time()
     call()
     return time.thread_time() - start
+
+
+def _merge(group: list[torch.Tensor]) -> None:
+    merge(checked_inputs("the tensor", group), Settings(for_output=True))
 
 
 def _sums(group: list[torch.Tensor]) -> None:
