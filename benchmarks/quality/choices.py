@@ -58,22 +58,27 @@ class Set(NamedTuple):
     dtype: torch.dtype
 
 
-def _demo_network(_cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model, tokenizer = language.model_of(language.Sizes()), byte_tokenizer()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(model.config, name, getattr(tokenizer, name))
-    return model, tokenizer
+def _tiny(name: str, sizes: language.Sizes) -> Set:
+    def network(_cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        model, tokenizer = language.model_of(sizes), byte_tokenizer()
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(model.config, token, getattr(tokenizer, token))
+        return model, tokenizer
 
-
-SETS = {
-    "demo": Set(
-        partial(language.problems, language.Sizes(), "demo"),
-        _demo_network,
+    return Set(
+        partial(language.problems, sizes, name),
+        network,
         language.load_state,
         length=64,
         windows=16,
         dtype=torch.float32,
-    ),
+    )
+
+
+SETS = {
+    "demo": _tiny("demo", language.Sizes()),
+    "demo, larger": _tiny("demo, larger", language.LARGER),
+    "demo, long": _tiny("demo, long", language.LONG),
     "SmolLM2-135M": Set(
         partial(smollm.problems, smollm.Sizes(), "SmolLM2-135M"),
         smollm.pretrained,

@@ -31,6 +31,10 @@ class Sizes:
     expert_steps: int = demo.SETTINGS["expert"]["steps"]
 
 
+LARGER = Sizes(width=2)
+LONG = Sizes(expert_steps=5 * demo.SETTINGS["expert"]["steps"])
+
+
 def problems(sizes: Sizes, section: str, seeds: int, cache: Path) -> Iterator[Problem]:
     """One problem a seed; the texts are the same for all."""
     tokenizer = demo.byte_tokenizer()

@@ -46,8 +46,12 @@ Make = Callable[[int, Path], Iterator[Problem]]
 
 def sets(quick: bool) -> dict[str, Make]:
     """The problems of each set, by name, for a number of seeds and a cache folder."""
-    llama = language.Sizes(base_steps=4, expert_steps=2) if quick else language.Sizes()
-    long_steps = 5 * llama.expert_steps
+    llama, larger, long = language.Sizes(), language.LARGER, language.LONG
+    if quick:
+        llama, larger, long = (
+            replace(sizes, base_steps=4, expert_steps=sizes.expert_steps // 40)
+            for sizes in (llama, larger, long)
+        )
     eight, eight_long, single = classify.SHORT, classify.LONG, classify.SINGLE
     if quick:
         few = replace(eight.base, steps=9)
@@ -61,8 +65,8 @@ def sets(quick: bool) -> dict[str, Make]:
     members, width = (3, 16) if quick else (10, 256)
     makes: dict[str, Callable[[str, int, Path], Iterator[Problem]]] = {
         "demo": partial(language.problems, llama),
-        "demo, larger": partial(language.problems, replace(llama, width=2)),
-        "demo, long": partial(language.problems, replace(llama, expert_steps=long_steps)),
+        "demo, larger": partial(language.problems, larger),
+        "demo, long": partial(language.problems, long),
         "SmolLM2-135M": partial(smollm.problems, smol),
         "SmolLM2-135M, LoRA": partial(smollm.problems, low_rank, fine_tune=lora.fine_tune),
         "SmolLM2-135M, genres": partial(brown.problems, brown_steps, genres),
