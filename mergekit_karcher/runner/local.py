@@ -6,8 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -38,7 +40,8 @@ class LocalWorkers:
     def submit(self, name: str, mean: Any) -> Future[Record]:
         """Have a unit done; a lost process makes the future raise `BrokenProcessPool`."""
         try:
-            return self._pool.submit(do_unit, self._job, name, mean)
+            with _held_back(signal.SIGTERM):
+                return self._pool.submit(do_unit, self._job, name, mean)
         except BrokenProcessPool as error:  # One was lost before all units were handed out.
             lost: Future[Record] = Future()
             lost.set_exception(error)
@@ -89,6 +92,22 @@ class ThisProcess:
         forget(self._job.recipe)
 
 
+@contextmanager
+def _held_back(number: signal.Signals) -> Iterator[None]:
+    """Take that signal later, and have processes that are forked meanwhile start in this way.
+
+    Until they have prepared themselves they would handle it as the process that forks them does.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (number,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _prepare(number: Any) -> None:
     """What a new process does first: it ends with the one that started it, and not by Ctrl-C.
 
@@ -96,6 +115,8 @@ def _prepare(number: Any) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
     # That of the bars is shared by all processes, and one that is killed would keep it for ever.
     tqdm.set_lock(threading.RLock())
     threading.Thread(target=_end_with_parent, daemon=True).start()
