@@ -7,20 +7,25 @@ import math
 import numpy as np
 import torch
 
-from mergekit_karcher.kernels.gram import SINGLE_ERROR, Precision
+from mergekit_karcher.kernels.gram import SINGLE_ERROR, Precision, grams
 from mergekit_karcher.means.inputs import Inputs
 from mergekit_karcher.means.products import Products, products_of
 from mergekit_karcher.sphere.pairwise import geometry_of_gram
 from mergekit_karcher.sphere.results import SphereMeans, Status
 from mergekit_karcher.sphere.rounding import coefficient_error
+from mergekit_karcher.sphere.trig import Floats
 
 # Above this angle to the mean (radians), rounding errors of a Gram matrix are amplified more than
 # 35 times, and float32 inputs on the CPU get an exact one after all. N orthogonal inputs are there
 # from N = 35 on.
 _WIDE_ANGLE = 1.4
 
-# Nearer inputs (radians) get float64 products: float32 ones, which were seen to be off by 6e-7,
-# would show angles between them that are wrong by more than one percent.
+# Inputs that differ from the first by less than that part of its length are multiplied as what they
+# differ by, which keeps the angles between them.
+_SMALL_DIFFERENCE = 0.1
+
+# Two others that are nearer than that (radians) get float64 products: float32 ones, which were seen
+# to be off by 6e-7, would show angles between them that are wrong by more than one percent.
 _NEAR = 0.01
 
 # Elements from which the angles are guessed; tensors that are no larger get float64 products.
@@ -48,10 +53,11 @@ def starting_precision(inputs: Inputs) -> Precision:
     return Precision.EXACT if exact else Precision.DOUBLE
 
 
-def single_is_worth_trying(inputs: Inputs) -> bool:
-    """Whether float32 products of inputs are likely to do for an output tensor.
+def single_products(inputs: Inputs, by_row: bool) -> tuple[Products, Floats] | None:
+    """The inner products of 16-bit inputs in float32, where that may do for an output tensor.
 
-    Costs a pass over a small part of 16-bit inputs, and nothing for others.
+    And a bound on the error of each <W_ri, W_rj>, as a part of |W_ri| |W_rj|, (R,). None where
+    float64 is needed. Which it is, a pass over a small part of the inputs tells first.
     """
     first = inputs.tensors[0]
     if (
@@ -62,26 +68,32 @@ def single_is_worth_trying(inputs: Inputs) -> bool:
         # Otherwise torch may take products of even fewer bits.
         or torch.get_float32_matmul_precision() != "highest"
     ):
-        return False
+        return None
     rows = max(1, math.ceil(_SAMPLE * len(first) / first.numel()))
-    return not _any_near(products_of(inputs.rows(slice(0, rows))))
-
-
-def in_range(products: Products, size: int) -> bool:
-    """Whether float32 held the products of vectors that together have that many elements."""
+    sample = products_of(inputs.rows(slice(0, rows))).over_rows()
+    if inputs.base is None and _differ_little(sample):
+        products, errors = _products_by_difference(inputs, by_row)
+    elif not _any_near(sample):
+        products = products_of(inputs, by_row=by_row, precision=Precision.SINGLE)
+        errors = np.full(len(products.grams), SINGLE_ERROR)
+        if _any_near(products.over_rows()):
+            return None
+    else:
+        return None
     squares = np.diagonal(products.grams, axis1=1, axis2=2)
-    return bool(np.all((squares > size * _LEAST_SQUARE) & np.isfinite(squares)))
+    in_range = (squares > first.numel() * _LEAST_SQUARE) & np.isfinite(squares)
+    return (products, errors) if in_range.all() else None
 
 
-def single_suffices(products: Products, means: SphereMeans, dtype: torch.dtype) -> bool:
+def single_suffices(means: SphereMeans, errors: Floats, dtype: torch.dtype) -> bool:
     """Whether an output of that dtype is off by no more than one unit in the last place.
 
-    products: in float32. means: theirs.
+    means: those of float32 products with such errors, (R,).
     """
     if np.any(means.statuses != Status.CONVERGED) or not means.unique.all():
         return False
-    error = coefficient_error(means.angles, SINGLE_ERROR)
-    return bool(error.max() <= _SHOWN * torch.finfo(dtype).eps) and not _any_near(products)
+    error = coefficient_error(means.angles, errors)
+    return bool(error.max() <= _SHOWN * torch.finfo(dtype).eps)
 
 
 def double_suffices(inputs: Inputs, means: SphereMeans) -> bool:
@@ -90,9 +102,37 @@ def double_suffices(inputs: Inputs, means: SphereMeans) -> bool:
     return not single or not np.any(means.angles > _WIDE_ANGLE)
 
 
+def _products_by_difference(inputs: Inputs, by_row: bool) -> tuple[Products, Floats]:
+    """Float32 products of inputs W_i = W_0 + d_i, from those of W_0 and the d_i, and their errors.
+
+    Those of the parts are off by SINGLE_ERROR of their lengths.
+    """
+    origin, *others = inputs.tensors
+    parts, exponents = grams(
+        others, base=origin, with_base=True, by_row=by_row, precision=Precision.SINGLE
+    )
+    count = len(inputs.tensors)
+    sums = np.zeros((count, count), np.longdouble)  # of the parts, W_0 last, that each input is
+    sums[:, -1] = 1
+    sums[1:, :-1] = np.eye(count - 1)
+    # Infinite and NaN entries, which float64 will tell of, and inputs of no length.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        products = sums @ parts @ sums.T
+        lengths = np.sqrt(np.diagonal(parts, axis1=1, axis2=2))
+        growth = (lengths @ sums.T) ** 2 / np.diagonal(products, axis1=1, axis2=2)
+    return Products(products, exponents), SINGLE_ERROR * growth.max(-1)
+
+
+def _differ_little(products: Products) -> bool:
+    """Whether all vectors (R = 1) are the first and little more."""
+    geometry = geometry_of_gram(products.grams[0], products.exponents[0])
+    norms = geometry.norms
+    squares = norms * norms[0] * geometry.chords[0] + (norms - norms[0]) ** 2
+    return len(norms) > 1 and bool(np.all(squares < (_SMALL_DIFFERENCE * norms[0]) ** 2))
+
+
 def _any_near(products: Products) -> bool:
-    """Whether two vectors, all rows together, are too near for float32, or one has no length."""
-    whole = products.over_rows()
-    angles = geometry_of_gram(whole.grams[0], whole.exponents[0]).angles
+    """Whether two vectors (R = 1) are too near for float32, or one has no length."""
+    angles = geometry_of_gram(products.grams[0], products.exponents[0]).angles
     pairs = angles[np.tril_indices(len(angles), -1)]
     return not np.all(pairs > _NEAR)

@@ -17,8 +17,7 @@ from mergekit_karcher.means.finite import check_result
 from mergekit_karcher.means.inputs import Inputs
 from mergekit_karcher.means.precision import (
     double_suffices,
-    in_range,
-    single_is_worth_trying,
+    single_products,
     single_suffices,
     starting_precision,
 )
@@ -161,12 +160,12 @@ def row_slices(inputs: Inputs, settings: Settings) -> list[slice]:
 def _solve_block(
     block: Inputs, settings: Settings, by_row: bool, with_base: bool
 ) -> tuple[Products, SphereMeans]:
-    if settings.for_output and not with_base and single_is_worth_trying(block):
-        products = products_of(block, by_row=by_row, precision=Precision.SINGLE)
-        if in_range(products, block.tensors[0].numel()):
-            means = _solve_products(products, block.weights, settings)
-            if single_suffices(products, means, block.dtype):
-                return products, means
+    if settings.for_output and not with_base:
+        single = single_products(block, by_row)
+        if single is not None:
+            means = _solve_products(single[0], block.weights, settings)
+            if single_suffices(means, single[1], block.dtype):
+                return single[0], means
     precision = starting_precision(block)
     while True:
         products = products_of(block, with_base=with_base, by_row=by_row, precision=precision)

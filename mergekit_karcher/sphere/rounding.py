@@ -7,12 +7,13 @@ import numpy as np
 from mergekit_karcher.sphere.trig import Floats, angle_terms
 
 
-def coefficient_error(angles: Floats, error: float) -> Floats:
+def coefficient_error(angles: Floats, error: float | Floats) -> Floats:
     """A bound, to first order, on the relative error of the coefficients k_i of R means, (R,).
 
     Arguments:
         angles: (R, N) radians from the inputs to their mean, which is a converged one.
-        error: Each <W_i, W_j> is off by at most that, much smaller than one, times |W_i| |W_j|.
+        error: Each <W_i, W_j> is off by at most that, much smaller than one, times |W_i| |W_j|; of
+            each mean, (R,), or of all.
 
     Returns:
         Infinity from a right angle on.
