@@ -187,6 +187,15 @@ def test_a_model_far_from_two_near_ones_is_left_to_float64(passes):
     assert passes == [Precision.DOUBLE]
 
 
+def test_changes_of_a_base_that_are_near_each_other(passes):
+    base, change = drawn(300, 40), drawn(300, 40, seed=1)
+    tensors = [base + change * (1 + 0.003 * drawn(300, 40, seed=seed)) for seed in (2, 3)]
+    _, solution = merged(tensors, base=base)
+    assert passes[-1] is Precision.DOUBLE
+    _, expected = karcher_mean(tensors, base=base)
+    np.testing.assert_array_equal(solution.mean.angles, expected.angles)
+
+
 def test_a_guess_from_the_first_rows_that_is_wrong(passes):
     """What the whole pass found decides in the end."""
     first, second = drawn(300, 40), drawn(300, 40, seed=1)
