@@ -28,7 +28,7 @@ _SETS = {
     "SmolLM2-135M, LoRA": "Bits per byte on held-out text, less is better. The same three kinds of "
     "text, but fine-tunes of rank 8 in every linear layer, merged into the weights.",
     "SmolLM2-135M, genres": "Bits per byte on held-out text, less is better. The same model, "
-    "fine-tuned in 40 steps on genres of the Brown corpus, the first N of its own order: "
+    "fine-tuned in 40 steps at a learning rate of 2e-5 on genres of the Brown corpus, the first N of its own order: "
     "reportage, editorial, "
     "reviews, religion, hobbies, lore, belles lettres, government, learned, fiction. Held out are "
     "the starts of the last six documents of each.",
