@@ -28,10 +28,9 @@ _SETS = {
     "SmolLM2-135M, LoRA": "Bits per byte on held-out text, less is better. The same three kinds of "
     "text, but fine-tunes of rank 8 in every linear layer, merged into the weights.",
     "SmolLM2-135M, genres": "Bits per byte on held-out text, less is better. The same model, "
-    "fine-tuned in 40 steps at a learning rate of 2e-5 on genres of the Brown corpus, the first N of its own order: "
-    "reportage, editorial, "
-    "reviews, religion, hobbies, lore, belles lettres, government, learned, fiction. Held out are "
-    "the starts of the last six documents of each.",
+    "fine-tuned in 40 steps at a learning rate of 2e-5 on genres of the Brown corpus, the first N "
+    "of its own order: reportage, editorial, reviews, religion, hobbies, lore, belles lettres, "
+    "government, learned, fiction. Held out are the starts of the last six documents of each.",
     "eight tasks": "Means over the tasks that were merged: MNIST and Fashion-MNIST in turn, each "
     "with its pixels in an order of its own. The base, a trunk of two layers under a head for each "
     "task, saw 2000 images of every task; an expert is the trunk after 300 steps on all 60000 of "
