@@ -77,3 +77,23 @@ def test_a_card_takes_no_comparison_of_other_merges(compared, close_models, merg
     assert cli("report", "--out", out / "geometry", config=config).exit_code == 0
     result = CliRunner().invoke(main, ["card", str(out), "--comparison", str(compared)])
     assert_error(result, "No merge of the comparison in")
+
+
+def test_a_text_that_no_model_is_better_at_than_the_base_is_named(compared):
+    comparison = read(compared)
+    one, other = comparison.models[-2:]
+    base = one.model_copy(update={"kind": "base", "name": "start"})
+
+    def said(gains):
+        """On the second text a model gains that over the base."""
+        rates = dict(base.reporting.rates)
+        rates["<b>code"] -= gains
+        reporting = base.reporting.model_copy(update={"rates": rates})
+        model = other.model_copy(update={"kind": "model", "reporting": reporting})
+        entries = [*comparison.merges, base, model]
+        lines = sentences(comparison.model_copy(update={"entries": entries}))
+        return [line for line in lines if line.startswith("No model alone is better")]
+
+    assert [line.partition(":")[0].partition(" on ")[2] for line in said(0.1)] == ["prose"]
+    assert len(said(-0.1)) == 2
+    assert not any(line.startswith("No model alone") for line in sentences(comparison))

@@ -74,6 +74,12 @@ def sentences(comparison: Comparison) -> Iterator[str]:
             f"{alone.name} alone is better than that "
             f"({_cell(comparison, alone.reporting.mean)}): a merge may not be worth it."
         )
+    for text in _not_learned(comparison):
+        yield (
+            f"No model alone is better than the base on {text}: keep it if a merge must not forget "
+            "such text; otherwise give text of the kind, and in the language, that the models "
+            "were trained for."
+        )
     for entry in comparison.merges:
         if entry.tuned:
             numbers = [f"{one.name} from {one.before:g} to {one.value:g}" for one in entry.tuned]
@@ -91,6 +97,17 @@ def sentences(comparison: Comparison) -> Iterator[str]:
     for why in whys:
         names = "; ".join(one.name for one in comparison.left_out if one.why == why)
         yield f"Left out ({why.rstrip('.')}): {names}."
+
+
+def _not_learned(comparison: Comparison) -> Iterator[str]:
+    """Texts on which every model alone is at best as good as the base."""
+    base = next((entry for entry in comparison.models if entry.kind == "base"), None)
+    if base is None:
+        return
+    alone = [entry for entry in comparison.models if entry.kind == "model"]
+    for text in comparison.texts:
+        if all(one.reporting.rates[text.name] >= base.reporting.rates[text.name] for one in alone):
+            yield text.name
 
 
 def config_text(comparison: Comparison, candidate: Candidate) -> str:
