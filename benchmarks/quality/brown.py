@@ -31,7 +31,7 @@ GENRES = {
     "fiction": "ck",
 }
 # Documents of each genre that no expert trains on; the start of each is a window.
-_HELD_OUT = 6
+HELD_OUT = 6
 
 
 COUNTS = (2, 5, 10)
@@ -47,8 +47,8 @@ def problems(
     base = smollm.state_of(model)
     streams, held_out = {}, {}
     for genre, texts in documents(cache, max(counts)).items():
-        streams[genre] = torch.tensor(tokenizer("\n\n".join(texts[:-_HELD_OUT])).input_ids)
-        starts = [tokenizer(text).input_ids[: smollm.CONTEXT] for text in texts[-_HELD_OUT:]]
+        streams[genre] = torch.tensor(tokenizer("\n\n".join(texts[:-HELD_OUT])).input_ids)
+        starts = [tokenizer(text).input_ids[: smollm.CONTEXT] for text in texts[-HELD_OUT:]]
         held_out[genre] = torch.tensor(starts)
     judge = smollm.judge_of(model, tokenizer, held_out)
     for seed in range(seeds):

@@ -26,7 +26,9 @@ from rows import Row, row
 # transformers would take benchmarks/kernels.py for the package of that name.
 sys.path.pop()
 
+import brown
 import language
+import lora
 import smollm
 import torch
 from problem import Problem, State
@@ -40,6 +42,7 @@ _HERE = Path(__file__).resolve().parent
 _COMMAND = Path(sysconfig.get_path("scripts"), "mergekit-karcher")
 _ALONE = ("linear", "fisher, self", "karcher, row, base, linear length")
 _TUNED = ("--tune", "--tune-kinds")
+_GENRES = 5
 
 
 class Set(NamedTuple):
@@ -47,7 +50,7 @@ class Set(NamedTuple):
 
     problems: for a number of seeds and a cache folder. network: for the cache folder, one that
     takes the weights of any of them, and its tokenizer. load: gives it weights. length, windows:
-    of `compare`. dtype: of the files.
+    of `compare`. dtype: of the files. texts: for the cache folder, a held-out one for each expert.
     """
 
     problems: Callable[[int, Path], Iterator[Problem]]
@@ -56,6 +59,31 @@ class Set(NamedTuple):
     length: int
     windows: int
     dtype: torch.dtype
+    texts: Callable[[Path], dict[str, str]]
+
+
+def _held_out(_cache: Path) -> dict[str, str]:
+    return {kind: load(kind).held_out for kind in KINDS}
+
+
+def _genres(cache: Path) -> dict[str, str]:
+    documents = brown.documents(cache, _GENRES)
+    return {genre: "\n\n".join(texts[-brown.HELD_OUT :]) for genre, texts in documents.items()}
+
+
+def _smollm(
+    problems: Callable[[int, Path], Iterator[Problem]],
+    texts: Callable[[Path], dict[str, str]] = _held_out,
+) -> Set:
+    return Set(
+        problems,
+        smollm.pretrained,
+        smollm.load_state,
+        length=128,
+        windows=8,
+        dtype=torch.bfloat16,
+        texts=texts,
+    )
 
 
 def _tiny(name: str, sizes: language.Sizes) -> Set:
@@ -72,6 +100,7 @@ def _tiny(name: str, sizes: language.Sizes) -> Set:
         length=64,
         windows=16,
         dtype=torch.float32,
+        texts=_held_out,
     )
 
 
@@ -79,13 +108,12 @@ SETS = {
     "demo": _tiny("demo", language.Sizes()),
     "demo, larger": _tiny("demo, larger", language.LARGER),
     "demo, long": _tiny("demo, long", language.LONG),
-    "SmolLM2-135M": Set(
-        partial(smollm.problems, smollm.Sizes(), "SmolLM2-135M"),
-        smollm.pretrained,
-        smollm.load_state,
-        length=128,
-        windows=8,
-        dtype=torch.bfloat16,
+    "SmolLM2-135M": _smollm(partial(smollm.problems, smollm.Sizes(), "SmolLM2-135M")),
+    "SmolLM2-135M, LoRA": _smollm(
+        partial(smollm.problems, lora.SIZES, "SmolLM2-135M, LoRA", fine_tune=lora.fine_tune)
+    ),
+    "SmolLM2-135M, genres": _smollm(
+        partial(brown.problems, brown.TRAINING, (_GENRES,), "SmolLM2-135M, genres"), _genres
     ),
 }
 
@@ -108,9 +136,10 @@ def compared(
     chosen: Set, models: Path, texts: Path, out: Path, options: Sequence[str]
 ) -> Comparison:
     """What compare finds of them."""
-    words: list[Any] = ["--base", models / "base", *(models / kind for kind in KINDS)]
-    for kind in KINDS:
-        words += ["--data", f"{kind}={texts / kind}.txt"]
+    names = sorted(path.stem for path in texts.glob("*.txt"))
+    words: list[Any] = ["--base", models / "base", *(models / name for name in names)]
+    for name in names:
+        words += ["--data", f"{name}={texts / name}.txt"]
     words += ["--length", chosen.length, "--windows", chosen.windows, "--out", out, "--quiet"]
     subprocess.run([str(word) for word in (_COMMAND, "compare", *words, *options)], check=True)
     return read(out)
@@ -139,8 +168,8 @@ def measure(name: str, runs: Sequence[Sequence[str]], seeds: int, cache: Path) -
     """A row for each seed of a set and each way to compare its experts."""
     with tempfile.TemporaryDirectory(prefix="karcher-benchmark-") as scratch:
         folder = Path(scratch)
-        for kind in KINDS:
-            (folder / f"{kind}.txt").write_text(load(kind).held_out)
+        for text, written in SETS[name].texts(cache).items():
+            (folder / f"{text}.txt").write_text(written)
         for seed, models in experts(SETS[name], seeds, cache, folder):
             for options in runs:
                 case = {"set": name, "seed": seed, "options": " ".join(options)}
