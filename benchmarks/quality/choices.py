@@ -2,7 +2,8 @@
 
 Trains experts as run.py does, or takes what that kept, compares them without and with tuning, and
 writes choices.json and choices.md beside this script. All numbers are of the windows to report by.
-Sets that were not asked for keep the rows that the file has of them.
+The rival that knows them has its lambda picked on these. Sets that were not asked for keep the rows
+that the file has of them.
 """
 
 from __future__ import annotations
@@ -31,18 +32,21 @@ import language
 import lora
 import smollm
 import torch
+import yaml
 from problem import Problem, State
 from texts import KINDS, load
 from train import byte_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mergekit_karcher.compare.result import Comparison, read
+from mergekit_karcher.compare.result import Comparison, Entry, read
 
 _HERE = Path(__file__).resolve().parent
 _COMMAND = Path(sysconfig.get_path("scripts"), "mergekit-karcher")
 _ALONE = ("linear", "fisher, self", "karcher, row, base, linear length")
-_TUNED = ("--tune", "--tune-kinds")
-_GENRES = 5
+_OPTIONS = {"plain": (), "tuned": ("--tune", "--tune-kinds")}
+_LAMBDAS = "lambdas"
+_RIVAL = "task_arithmetic"
+_TENTHS = range(1, 13)  # of its lambda
 
 
 class Set(NamedTuple):
@@ -66,8 +70,8 @@ def _held_out(_cache: Path) -> dict[str, str]:
     return {kind: load(kind).held_out for kind in KINDS}
 
 
-def _genres(cache: Path) -> dict[str, str]:
-    documents = brown.documents(cache, _GENRES)
+def _of_genres(count: int, cache: Path) -> dict[str, str]:
+    documents = brown.documents(cache, count)
     return {genre: "\n\n".join(texts[-brown.HELD_OUT :]) for genre, texts in documents.items()}
 
 
@@ -104,6 +108,11 @@ def _tiny(name: str, sizes: language.Sizes) -> Set:
     )
 
 
+def _genres(count: int) -> Set:
+    problems = partial(brown.problems, brown.TRAINING, (count,), "SmolLM2-135M, genres")
+    return _smollm(problems, partial(_of_genres, count))
+
+
 SETS = {
     "demo": _tiny("demo", language.Sizes()),
     "demo, larger": _tiny("demo, larger", language.LARGER),
@@ -112,9 +121,7 @@ SETS = {
     "SmolLM2-135M, LoRA": _smollm(
         partial(smollm.problems, lora.SIZES, "SmolLM2-135M, LoRA", fine_tune=lora.fine_tune)
     ),
-    "SmolLM2-135M, genres": _smollm(
-        partial(brown.problems, brown.TRAINING, (_GENRES,), "SmolLM2-135M, genres"), _genres
-    ),
+    **{f"SmolLM2-135M, {count} genres": _genres(count) for count in brown.COUNTS},
 }
 
 
@@ -133,53 +140,86 @@ def experts(chosen: Set, seeds: int, cache: Path, folder: Path) -> Iterator[tupl
 
 
 def compared(
-    chosen: Set, models: Path, texts: Path, out: Path, options: Sequence[str]
+    chosen: Set, what: Sequence[str | Path], texts: Path, out: Path, options: Sequence[str]
 ) -> Comparison:
-    """What compare finds of them."""
-    names = sorted(path.stem for path in texts.glob("*.txt"))
-    words: list[Any] = ["--base", models / "base", *(models / name for name in names)]
-    for name in names:
-        words += ["--data", f"{name}={texts / name}.txt"]
-    words += ["--length", chosen.length, "--windows", chosen.windows, "--out", out, "--quiet"]
-    subprocess.run([str(word) for word in (_COMMAND, "compare", *words, *options)], check=True)
+    """What compare finds of models or configs, by the texts of a folder."""
+    words: list[Any] = [_COMMAND, "compare", *what, "--out", out, "--quiet", *options]
+    words += ["--length", chosen.length, "--windows", chosen.windows]
+    for text in sorted(texts.glob("*.txt")):
+        words += ["--data", f"{text.stem}={text}"]
+    subprocess.run([str(word) for word in words], check=True)
     return read(out)
 
 
-def found(comparison: Comparison) -> dict[str, Any]:
+def summary(comparison: Comparison) -> dict[str, Any]:
     """The chosen merge and others beside it, as differences to linear."""
     merges = sorted(comparison.merges, key=lambda merge: merge.reporting.mean)
     scaled = [merge for merge in merges if merge.name.startswith("task_arithmetic")]
-    shown = {"chosen": comparison.entry(comparison.chosen), "best": merges[0]}
-    shown |= {"task_arithmetic": scaled[0]}
-    shown |= {name: comparison.entry(name) for name in _ALONE}
+    places = {"chosen": comparison.entry(comparison.chosen), "best": merges[0]}
+    places |= {"task_arithmetic": scaled[0]}
+    places |= {name: comparison.entry(name) for name in _ALONE}
+    return {place: as_cell(merge) for place, merge in places.items()}
+
+
+def as_cell(merge: Entry) -> dict[str, Any]:
+    """What a row says of a merge."""
     return {
-        place: {
-            "name": merge.name,
-            "mean": round(merge.reporting.mean, 5),
-            "difference": round(merge.reporting.difference or 0.0, 5),
-            "error": round(merge.reporting.error or 0.0, 5),
-            "tuned": {one.name: round(one.value, 4) for one in merge.tuned},
-        }
-        for place, merge in shown.items()
+        "name": merge.name,
+        "mean": round(merge.reporting.mean, 5),
+        "difference": round(merge.reporting.difference or 0.0, 5),
+        "error": round(merge.reporting.error or 0.0, 5),
+        "tuned": {one.name: round(one.value, 4) for one in merge.tuned},
     }
 
 
-def measure(name: str, runs: Sequence[Sequence[str]], seeds: int, cache: Path) -> Iterator[Row]:
+def with_lambdas(base: Path, models: Sequence[Path], dtype: str, folder: Path) -> list[Path]:
+    """Configs of linear, and of task_arithmetic with each lambda."""
+    common = {"dtype": "float32", "out_dtype": dtype}
+    plain = [{"model": str(model), "parameters": {"weight": 1.0}} for model in models]
+    configs: dict[str, dict[str, Any]] = {"linear": {"merge_method": "linear", "models": plain}}
+    for value in (tenths / 10 for tenths in _TENTHS):
+        configs[f"lambda {value}"] = {
+            "merge_method": "task_arithmetic",
+            "base_model": str(base),
+            "models": plain,
+            "parameters": {"lambda": value},
+        }
+    folder.mkdir()
+    paths = [folder / f"{name}.yml" for name in configs]
+    for path, config in zip(paths, configs.values(), strict=True):
+        path.write_text(yaml.safe_dump(config | common))
+    return paths
+
+
+def measure(name: str, runs: Sequence[str], seeds: int, cache: Path) -> Iterator[Row]:
     """A row for each seed of a set and each way to compare its experts."""
+    chosen = SETS[name]
     with tempfile.TemporaryDirectory(prefix="karcher-benchmark-") as scratch:
-        folder = Path(scratch)
-        for text, written in SETS[name].texts(cache).items():
-            (folder / f"{text}.txt").write_text(written)
-        for seed, models in experts(SETS[name], seeds, cache, folder):
-            for options in runs:
+        texts = Path(scratch)
+        for text, written in chosen.texts(cache).items():
+            (texts / f"{text}.txt").write_text(written)
+        for seed, folder in experts(chosen, seeds, cache, texts):
+            base = folder / "base"
+            models = sorted(folder / path.stem for path in texts.glob("*.txt"))
+            for options in (options for run, options in _OPTIONS.items() if run in runs):
+                what = ["--base", base, *models]
                 case = {"set": name, "seed": seed, "options": " ".join(options)}
                 # Each run takes what the one before has kept.
-                result = found(compared(SETS[name], models, folder, models / "compared", options))
-                yield row("choices", case, "compare", result)
+                comparison = compared(chosen, what, texts, folder / "compared", options)
+                yield row("choices", case, "compare", summary(comparison))
+            if _LAMBDAS in runs:
+                dtype = str(chosen.dtype).removeprefix("torch.")
+                configs = with_lambdas(base, models, dtype, folder / "configs")
+                merges = compared(chosen, configs, texts, folder / "lambdas", ()).merges
+                scaled = [merge for merge in merges if merge.name != "linear"]
+                best = min(scaled, key=lambda merge: merge.reporting.mean)
+                yield row("choices", {"set": name, "seed": seed}, _RIVAL, {"best": as_cell(best)})
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """A line a seed and way to compare."""
+    names = {one["case"]["set"] for one in rows}
+    measured = {name: one for name, one in SETS.items() if name in names}
     lines = [
         "# What compare chooses",
         "",
@@ -187,16 +227,19 @@ def markdown(rows: Sequence[Row]) -> str:
         "others to report by. Bits per byte on the latter minus those of linear, ± the standard "
         "error over windows. The best merge is that on the windows to report by.",
         "",
-        *(f"- {name}: {one.windows} windows of {one.length} tokens" for name, one in SETS.items()),
+        *(
+            f"- {name}: {one.windows} windows of {one.length} tokens"
+            for name, one in measured.items()
+        ),
         "",
         "| set | seed | options | chosen | best | task_arithmetic, its best | fisher, self | "
         "karcher, row, base, linear length |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for one in rows:
+    for one in (one for one in rows if one["contestant"] != _RIVAL):
         result = one["result"]
         cells = [
-            f"{result[place]['difference']:+.3f} ± {result[place]['error']:.3f}"
+            difference(result[place])
             for place in ("chosen", "best", "task_arithmetic", *_ALONE[1:])
         ]
         for place, cell in ((0, "chosen"), (1, "best"), (2, "task_arithmetic")):
@@ -204,9 +247,34 @@ def markdown(rows: Sequence[Row]) -> str:
         case = one["case"]
         options = case["options"] or "none"
         lines.append(f"| {case['set']} | {case['seed']} | {options} | {' | '.join(cells)} |")
-    last = rows[-1]
+    lines += [
+        "",
+        "Plain `task_arithmetic` with that lambda of "
+        f"{', '.join(str(tenths / 10) for tenths in _TENTHS)} which is best on the very windows to "
+        "report by:",
+        "",
+        "| set | seed | lambda | difference |",
+        "| --- | --- | --- | --- |",
+    ]
+    for one in (one for one in rows if one["contestant"] == _RIVAL):
+        best, case = one["result"]["best"], one["case"]
+        value = best["name"].removeprefix("lambda ")
+        lines.append(f"| {case['set']} | {case['seed']} | {value} | {difference(best)} |")
+    last = max(rows, key=lambda one: one["when"])
     circumstances = ", ".join(f"{k} {v}" for k, v in (last["machine"] | last["versions"]).items())
     return "\n".join([*lines, "", f"{circumstances}; to {last['when']}.", ""])
+
+
+def key(row: Row) -> tuple[int, int, str, str]:
+    """What a row is of, and its place in the file."""
+    case = row["case"]
+    place = list(SETS).index(case["set"])
+    return place, case["seed"], row["contestant"], case.get("options", "")
+
+
+def difference(cell: dict[str, Any]) -> str:
+    """That to linear, with its standard error."""
+    return f"{cell['difference']:+.3f} ± {cell['error']:.3f}"
 
 
 def main() -> None:
@@ -214,17 +282,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=SETS, nargs="+", metavar="SET")
-    parser.add_argument("--no-tune", action="store_true", help="compare without tuning only")
+    parser.add_argument(
+        "--runs",
+        choices=[*_OPTIONS, _LAMBDAS],
+        nargs="+",
+        default=[*_OPTIONS, _LAMBDAS],
+        help="compare without tuning, with it, or task_arithmetic alone with many lambdas",
+    )
     parser.add_argument("--cache", type=Path, default=_HERE / ".cache", help="trained weights")
     parser.add_argument("--out", type=Path, default=_HERE / "choices.json")
     options = parser.parse_args()
     rows: list[Row] = json.loads(options.out.read_text()) if options.out.is_file() else []
-    runs = ((),) if options.no_tune else ((), _TUNED)
     for name in options.only or SETS:
-        for fresh in measure(name, runs, options.seeds, options.cache):
+        for fresh in measure(name, options.runs, options.seeds, options.cache):
             # One line a case: a new run of it takes the place of the old one.
-            rows = [r for r in rows if r["case"] != fresh["case"]] + [fresh]
-            rows.sort(key=lambda r: (list(SETS).index(r["case"]["set"]), r["case"]["seed"]))
+            rows = [r for r in rows if key(r) != key(fresh)] + [fresh]
+            rows.sort(key=key)
             options.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
             options.out.with_suffix(".md").write_text(markdown(rows))
     print(markdown(rows))
