@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import tarfile
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +23,15 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    MetadataIndex,
+)
 
 from mergekit_karcher.cli.main import main
 from mergekit_karcher.errors import KarcherError
-from mergekit_karcher.metrics.distributed import distributed_moments
+from mergekit_karcher.metrics.distributed import _read_metadata, distributed_moments
 
 MARKER = "marker"
 COMMANDS = {}
@@ -369,3 +374,38 @@ def test_metadata_are_read_once_and_never_by_torch(monkeypatch):
     name, entry = next(moments)
     assert (name, entry.step) == ("lm_head.weight", 3)
     assert torch.equal(entry.squares, torch.ones(63, 32))
+
+
+class Member:
+    """What a pickle asks getattr for."""
+
+    def __init__(self, owner, name):
+        self._request = getattr, (owner, name)
+
+    def __reduce__(self):
+        return self._request
+
+
+def test_metadata_of_python_3_11_0_ask_for_a_member_of_an_enum():
+    """So did Python 3.11.0 to 3.11.3 pickle all enums."""
+    path = distributed_checkpoint()
+    content = pickle.loads(path.read_bytes())
+    content.planner_data["more"] = Member(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST")
+    path.write_bytes(pickle.dumps(content))
+    read = _read_metadata(path).planner_data["more"]
+    assert read is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (OrderedDict, "fromkeys"),
+        (Metadata, "TORCH_CHANNELS_LAST"),
+        (_MEM_FORMAT_ENCODING, "__class__"),
+    ],
+)
+def test_metadata_may_ask_for_no_other_attribute(owner, name):
+    path = distributed_checkpoint()
+    path.write_bytes(pickle.dumps(Member(owner, name)))
+    with pytest.raises(KarcherError, match=rf"asks for {name} of .*, which could run any code"):
+        next(distributed_moments(Path("run")))

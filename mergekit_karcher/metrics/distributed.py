@@ -10,6 +10,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path, PurePath
 from typing import IO, Any
 
@@ -18,7 +19,11 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -138,4 +143,13 @@ class _Unpickler(pickle.Unpickler):
         # Where it was saved, which may have been on another system.
         if module in ("pathlib", "pathlib._local") and name in _PATHS:
             return PurePath
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run any code")
+
+
+def _memory_format(owner: object, name: str) -> Enum:
+    """What Python 3.11.0 to 3.11.3 pickle an enum as a call of getattr for."""
+    if owner is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"it asks for {name} of {owner}, which could run any code")
+    return _MEM_FORMAT_ENCODING[name]
