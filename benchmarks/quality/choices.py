@@ -2,8 +2,8 @@
 
 Trains experts as run.py does, or takes what that kept, compares them without and with tuning, and
 writes choices.json and choices.md beside this script. All numbers are of the windows to report by.
-The rival that knows them has its lambda picked on these. Sets that were not asked for keep the rows
-that the file has of them.
+As a rival that has seen the answers, task_arithmetic has its lambda picked on these windows. Sets
+that were not asked for keep the rows that the file has of them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,17 +33,17 @@ import language
 import lora
 import smollm
 import torch
-import yaml
 from problem import Problem, State
 from texts import KINDS, load
 from train import byte_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mergekit_karcher.compare.candidates import LINEAR, default_candidates
 from mergekit_karcher.compare.result import Comparison, Entry, read
 
 _HERE = Path(__file__).resolve().parent
 _COMMAND = Path(sysconfig.get_path("scripts"), "mergekit-karcher")
-_ALONE = ("linear", "fisher, self", "karcher, row, base, linear length")
+_ALONE = (LINEAR, "fisher, self", "karcher, row, base, linear length")
 _OPTIONS = {"plain": (), "tuned": ("--tune", "--tune-kinds")}
 _LAMBDAS = "lambdas"
 _RIVAL = "task_arithmetic"
@@ -154,7 +155,7 @@ def compared(
 def summary(comparison: Comparison) -> dict[str, Any]:
     """The chosen merge and others beside it, as differences to linear."""
     merges = sorted(comparison.merges, key=lambda merge: merge.reporting.mean)
-    scaled = [merge for merge in merges if merge.name.startswith("task_arithmetic")]
+    scaled = [merge for merge in merges if merge.name.startswith(_RIVAL)]
     places = {"chosen": comparison.entry(comparison.chosen), "best": merges[0]}
     places |= {"task_arithmetic": scaled[0]}
     places |= {name: comparison.entry(name) for name in _ALONE}
@@ -173,22 +174,17 @@ def as_cell(merge: Entry) -> dict[str, Any]:
 
 
 def with_lambdas(base: Path, models: Sequence[Path], dtype: str, folder: Path) -> list[Path]:
-    """Configs of linear, and of task_arithmetic with each lambda."""
-    common = {"dtype": "float32", "out_dtype": dtype}
-    plain = [{"model": str(model), "parameters": {"weight": 1.0}} for model in models]
-    configs: dict[str, dict[str, Any]] = {"linear": {"merge_method": "linear", "models": plain}}
+    """Configs of linear, and of task_arithmetic with each lambda, as compare makes them."""
+    candidates = default_candidates(str(base), [str(model) for model in models], dtype, {})
+    plain = {one.name: one for one in candidates}
+    configs = {LINEAR: plain[LINEAR]}
     for value in (tenths / 10 for tenths in _TENTHS):
-        configs[f"lambda {value}"] = {
-            "merge_method": "task_arithmetic",
-            "base_model": str(base),
-            "models": plain,
-            "parameters": {"lambda": value},
-        }
+        config = {**plain[_RIVAL].config, "parameters": {"lambda": value}}
+        configs[f"lambda {value}"] = replace(plain[_RIVAL], config=config)
     folder.mkdir()
-    paths = [folder / f"{name}.yml" for name in configs]
-    for path, config in zip(paths, configs.values(), strict=True):
-        path.write_text(yaml.safe_dump(config | common))
-    return paths
+    for name, candidate in configs.items():
+        (folder / f"{name}.yml").write_text(candidate.source)
+    return [folder / f"{name}.yml" for name in configs]
 
 
 def measure(name: str, runs: Sequence[str], seeds: int, cache: Path) -> Iterator[Row]:
@@ -211,13 +207,13 @@ def measure(name: str, runs: Sequence[str], seeds: int, cache: Path) -> Iterator
                 dtype = str(chosen.dtype).removeprefix("torch.")
                 configs = with_lambdas(base, models, dtype, folder / "configs")
                 merges = compared(chosen, configs, texts, folder / "lambdas", ()).merges
-                scaled = [merge for merge in merges if merge.name != "linear"]
+                scaled = [merge for merge in merges if merge.name != LINEAR]
                 best = min(scaled, key=lambda merge: merge.reporting.mean)
                 yield row("choices", {"set": name, "seed": seed}, _RIVAL, {"best": as_cell(best)})
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A line a seed and way to compare."""
+    """A line a seed and way to compare, and one a seed of the rival."""
     names = {one["case"]["set"] for one in rows}
     measured = {name: one for name, one in SETS.items() if name in names}
     lines = [
@@ -239,7 +235,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for one in (one for one in rows if one["contestant"] != _RIVAL):
         result = one["result"]
         cells = [
-            difference(result[place])
+            with_error(result[place])
             for place in ("chosen", "best", "task_arithmetic", *_ALONE[1:])
         ]
         for place, cell in ((0, "chosen"), (1, "best"), (2, "task_arithmetic")):
@@ -259,7 +255,7 @@ def markdown(rows: Sequence[Row]) -> str:
     for one in (one for one in rows if one["contestant"] == _RIVAL):
         best, case = one["result"]["best"], one["case"]
         value = best["name"].removeprefix("lambda ")
-        lines.append(f"| {case['set']} | {case['seed']} | {value} | {difference(best)} |")
+        lines.append(f"| {case['set']} | {case['seed']} | {value} | {with_error(best)} |")
     last = max(rows, key=lambda one: one["when"])
     circumstances = ", ".join(f"{k} {v}" for k, v in (last["machine"] | last["versions"]).items())
     return "\n".join([*lines, "", f"{circumstances}; to {last['when']}.", ""])
@@ -272,8 +268,8 @@ def key(row: Row) -> tuple[int, int, str, str]:
     return place, case["seed"], row["contestant"], case.get("options", "")
 
 
-def difference(cell: dict[str, Any]) -> str:
-    """That to linear, with its standard error."""
+def with_error(cell: dict[str, Any]) -> str:
+    """The difference to linear, with its standard error."""
     return f"{cell['difference']:+.3f} ± {cell['error']:.3f}"
 
 

@@ -10,7 +10,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from enum import Enum
+from enum import Enum, EnumMeta
 from pathlib import Path, PurePath
 from typing import IO, Any
 
@@ -19,11 +19,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    Metadata,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -144,12 +140,13 @@ class _Unpickler(pickle.Unpickler):
         if module in ("pathlib", "pathlib._local") and name in _PATHS:
             return PurePath
         if (module, name) == ("builtins", "getattr"):
-            return _memory_format
+            return _member
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which could run any code")
 
 
-def _memory_format(owner: object, name: str) -> Enum:
-    """What Python 3.11.0 to 3.11.3 pickle an enum as a call of getattr for."""
-    if owner is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+def _member(owner: object, name: str) -> Enum:
+    """The member of an admitted enum; Python 3.11.0 to 3.11.3 pickle it as a call of getattr."""
+    if not (isinstance(owner, EnumMeta) and name in owner.__members__):
         raise pickle.UnpicklingError(f"it asks for {name} of {owner}, which could run any code")
-    return _MEM_FORMAT_ENCODING[name]
+    member: Enum = owner[name]
+    return member
